@@ -1,0 +1,42 @@
+"""Puna: Llama in Keras 3, on JAX, PyTorch or TensorFlow.
+
+Importing `puna` imports nothing else: each public name is fetched when it is first used, and the
+Keras backend is chosen then (see `puna.backend`).
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from puna import models, samplers
+    from puna.chat import ChatState
+    from puna.config import LlamaConfig
+    from puna.models import load_model
+
+# Each public name and the module that it comes from; a module stands for itself.
+_PUBLIC = {
+    "ChatState": "puna.chat",
+    "LlamaConfig": "puna.config",
+    "errors": "puna.errors",
+    "load_model": "puna.models",
+    "models": "puna.models",
+    "samplers": "puna.samplers",
+}
+
+__all__ = ["ChatState", "LlamaConfig", "__version__", "load_model", "models", "samplers"]
+
+
+def __getattr__(name: str) -> Any:
+    module_name = _PUBLIC.get(name)
+    if module_name is None:
+        raise AttributeError(f"module 'puna' has no attribute {name!r}")
+    module = importlib.import_module(module_name)
+    return module if module_name == f"puna.{name}" else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})

@@ -1,0 +1,32 @@
+"""The exceptions that Puna raises on purpose.
+
+Each message names what was received, what was expected and what to do about it.
+"""
+
+
+class PunaError(Exception):
+    """The base of every exception that Puna raises on purpose."""
+
+
+class ConfigError(PunaError, ValueError):
+    """A configuration asks for something that is not there or that we do not compute."""
+
+
+class PresetError(PunaError, ValueError):
+    """A preset cannot be found, or its files are missing, broken or contradict each other."""
+
+
+class TokenizerError(PunaError, ValueError):
+    """A tokenizer cannot be read, or does not fit what is asked of it."""
+
+
+class TemplateError(PunaError, ValueError):
+    """A chat template is missing or refuses the conversation."""
+
+
+class ContextLengthError(PunaError, ValueError):
+    """A prompt, or a prompt and its completion, does not fit in the model's context."""
+
+
+class BackendError(PunaError, RuntimeError):
+    """The Keras backend in use cannot do what is asked, or none is installed."""
