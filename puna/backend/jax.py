@@ -1,0 +1,98 @@
+"""JAX: one compiled program per step, donated caches, weights that alias mapped files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import keras
+import numpy as np
+
+from puna.backend.generic import attention
+from puna.backend.memory import ALIGNMENT, aligned_copy, is_aligned
+from puna.backend.protocol import Tensor
+
+__all__ = [
+    "aliases", "attention", "cache_dtype", "cache_write", "compile_step", "initialize", "linear",
+    "prepare", "to_numpy",
+]  # fmt: skip
+
+
+def linear(x: Tensor, weight: Tensor, out_dtype: str) -> Tensor:
+    """See `BackendOps.linear`; the form of the product matters on a CPU, so it is chosen here."""
+    flat = x.reshape(-1, x.shape[-1])
+    contract_last = (((1,), (1,)), ((), ()))
+    # XLA's CPU code for half-precision products is fast for one row only if the result is half
+    # too, and for several rows only if it is float32 (docs/log.md, "Products on the CPU").
+    one_row_on_cpu = flat.shape[0] == 1 and jax.default_backend() == "cpu"
+    accumulate = None if one_row_on_cpu or out_dtype == "float64" else jnp.float32
+    y = jax.lax.dot_general(flat, weight, contract_last, preferred_element_type=accumulate)
+    return y.astype(out_dtype).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def cache_dtype(compute_dtype: str) -> str:
+    """See `BackendOps.cache_dtype`; XLA on a CPU rewrites a whole bfloat16 cache per token."""
+    if compute_dtype == "bfloat16" and jax.default_backend() == "cpu":
+        return "float32"
+    return compute_dtype
+
+
+def cache_write(cache_BKSH: Tensor, new_BKTH: Tensor, start_B: Tensor) -> Tensor:
+    """See `BackendOps.cache_write`; in place where the cache was donated."""
+
+    def write_row(cache_KSH, new_KTH, start):
+        return jax.lax.dynamic_update_slice(cache_KSH, new_KTH, (0, start, 0))
+
+    return jax.vmap(write_row)(cache_BKSH, new_BKTH.astype(cache_BKSH.dtype), start_B)
+
+
+def aliases(array: np.ndarray) -> bool:
+    """See `BackendOps.aliases`."""
+    return jax.default_backend() == "cpu" and is_aligned(array)
+
+
+def prepare(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """See `BackendOps.prepare`."""
+    if array.dtype == dtype and (is_aligned(array) or jax.default_backend() != "cpu"):
+        return array
+    return aligned_copy(array, dtype)
+
+
+def initialize(variable: Any, array: np.ndarray) -> None:
+    """See `BackendOps.initialize`; sharded from the start where a distribution is set."""
+    variable._initialize_layout()
+    layout = getattr(variable._layout, "backend_layout", variable._layout)
+    if layout is not None:
+        shape = tuple(array.shape)
+        value = jax.make_array_from_callback(shape, layout, lambda index: array[index])
+    else:
+        value = jax.device_put(array)
+    # The copy to a device may still be running, and the caller lets go of the pages next.
+    variable._initialize(jax.block_until_ready(value))
+
+
+def to_numpy(variable: Any) -> np.ndarray:
+    """See `BackendOps.to_numpy`."""
+    return np.asarray(variable.value)
+
+
+def compile_step(
+    function: Callable[..., Any], variables: Sequence[Any], donate: Sequence[int] = ()
+) -> Callable[..., Any]:
+    """See `BackendOps.compile_step`; weights are arguments, so that XLA folds none of them."""
+
+    def stateless(weights: list[Tensor], *args: Any) -> Any:
+        with keras.StatelessScope(state_mapping=list(zip(variables, weights, strict=True))):
+            return function(*args)
+
+    compiled = jax.jit(stateless, donate_argnums=[position + 1 for position in donate])
+
+    def step(*args: Any) -> Any:
+        return compiled([variable.value for variable in variables], *args)
+
+    return step
+
+
+assert ALIGNMENT == 64  # what XLA's CPU client asks of memory that it adopts
