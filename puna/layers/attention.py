@@ -1,0 +1,83 @@
+"""Grouped-query self-attention (Ainslie et al. 2023, arXiv:2305.13245) with RoPE."""
+
+from __future__ import annotations
+
+import keras
+from keras import ops
+
+from puna import backend
+from puna.backend.protocol import Tensor
+from puna.config import LlamaConfig
+from puna.layers.cache import LayerCache
+from puna.layers.linear import Linear
+from puna.layers.rope import rotate
+
+
+class Attention(keras.layers.Layer):
+    """Attention of N query heads over K key and value heads.
+
+    Args:
+        config: the model's shape.
+    """
+
+    def __init__(self, config: LlamaConfig, **kwargs):
+        super().__init__(**kwargs)
+        self.config = config
+        D, H = config.hidden_size, config.head_size
+        N, K = config.num_attention_heads, config.num_kv_heads
+        shared = {
+            "use_bias": config.attention_bias,
+            "initializer_range": config.initializer_range,
+            "dtype": self.dtype_policy,
+        }
+        self.q_proj = Linear(D, N * H, name="q_proj", **shared)
+        self.k_proj = Linear(D, K * H, name="k_proj", **shared)
+        self.v_proj = Linear(D, K * H, name="v_proj", **shared)
+        self.o_proj = Linear(N * H, D, name="o_proj", **shared)
+        self.dropout = None
+        if config.attention_dropout:
+            self.dropout = keras.layers.Dropout(config.attention_dropout, dtype="float32")
+
+    def build(self, input_shape=None):
+        for projection in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
+            projection.build(input_shape)
+
+    def call(
+        self,
+        x_BTD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask_B1TS: Tensor,
+        cache: LayerCache | None = None,
+        start_B: Tensor | None = None,
+        training: bool = False,
+    ) -> tuple[Tensor, LayerCache | None]:
+        """Attend within `x_BTD`, or with a cache to all that it holds and `x_BTD`.
+
+        Returns:
+            The result `[B, T, D]`, and the cache with the new keys and values in it.
+        """
+        query_BNTH = rotate(self._heads(self.q_proj.call(x_BTD)), *rotary)
+        key_BKSH = rotate(self._heads(self.k_proj.call(x_BTD)), *rotary)
+        value_BKSH = self._heads(self.v_proj.call(x_BTD))
+        if cache is not None:
+            key_BKSH = backend.ops.cache_write(cache.key_BKSH, key_BKSH, start_B)
+            value_BKSH = backend.ops.cache_write(cache.value_BKSH, value_BKSH, start_B)
+            cache = LayerCache(key_BKSH, value_BKSH)
+        scale = self.config.head_size**-0.5
+        dropout = self._drop if training and self.dropout is not None else None
+        out_BNTH = backend.ops.attention(
+            query_BNTH, key_BKSH, value_BKSH, mask_B1TS, scale, dropout
+        )
+        B, N, T, H = ops.shape(out_BNTH)
+        out_BTD = ops.reshape(ops.transpose(out_BNTH, (0, 2, 1, 3)), (B, T, N * H))
+        return self.o_proj.call(out_BTD), cache
+
+    def _heads(self, x_BTF: Tensor) -> Tensor:
+        """`[B, T, heads · H]` to `[B, heads, T, H]`."""
+        B, T, F = ops.shape(x_BTF)
+        H = self.config.head_size
+        return ops.transpose(ops.reshape(x_BTF, (B, T, F // H, H)), (0, 2, 1, 3))
+
+    def _drop(self, weights: Tensor) -> Tensor:
+        assert self.dropout is not None
+        return self.dropout.call(weights, training=True)

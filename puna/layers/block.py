@@ -1,0 +1,58 @@
+"""One block of a Llama: attention and feed-forward, each normalised and added."""
+
+from __future__ import annotations
+
+import keras
+
+from puna.backend.protocol import Tensor
+from puna.config import LlamaConfig
+from puna.layers.attention import Attention
+from puna.layers.cache import LayerCache
+from puna.layers.mlp import MLP
+from puna.layers.rms_norm import RMSNorm
+
+
+class Block(keras.layers.Layer):
+    """`x + attention(norm(x))`, then `x + mlp(norm(x))`.
+
+    Inside a block, layers call each other's `call`: Keras's `__call__` costs 77 µs on torch, which
+    over a whole model is more than a token's arithmetic. The backbone has entered it once.
+
+    Args:
+        config: the model's shape.
+    """
+
+    def __init__(self, config: LlamaConfig, **kwargs):
+        super().__init__(**kwargs)
+        D, epsilon, dtype = config.hidden_size, config.rms_norm_eps, self.dtype_policy
+        self.input_layernorm = RMSNorm(D, epsilon=epsilon, name="input_layernorm", dtype=dtype)
+        self.self_attn = Attention(config, name="self_attn", dtype=dtype)
+        self.post_attention_layernorm = RMSNorm(
+            D, epsilon=epsilon, name="post_attention_layernorm", dtype=dtype
+        )
+        self.mlp = MLP(config, name="mlp", dtype=dtype)
+
+    def build(self, input_shape=None):
+        for layer in (
+            self.input_layernorm,
+            self.self_attn,
+            self.post_attention_layernorm,
+            self.mlp,
+        ):
+            layer.build(input_shape)
+
+    def call(
+        self,
+        x_BTD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask_B1TS: Tensor,
+        cache: LayerCache | None = None,
+        start_B: Tensor | None = None,
+        training: bool = False,
+    ) -> tuple[Tensor, LayerCache | None]:
+        """`[B, T, D]` to `[B, T, D]`, and the cache with the new keys and values in it."""
+        attended_BTD, cache = self.self_attn.call(
+            self.input_layernorm.call(x_BTD), rotary, mask_B1TS, cache, start_B, training
+        )
+        x_BTD = x_BTD + attended_BTD
+        return x_BTD + self.mlp.call(self.post_attention_layernorm.call(x_BTD)), cache

@@ -1,0 +1,44 @@
+"""The token embedding, which may be the head too."""
+
+from __future__ import annotations
+
+import keras
+from keras import ops
+
+from puna import backend
+from puna.backend.protocol import Tensor
+
+
+class Embedding(keras.layers.Layer):
+    """Look up rows of a weight `(vocabulary, width)`.
+
+    Args:
+        vocabulary_size: rows, V.
+        width: features of a row, D.
+        initializer_range: standard deviation of a freshly made weight.
+    """
+
+    def __init__(
+        self, vocabulary_size: int, width: int, *, initializer_range: float = 0.02, **kwargs
+    ):
+        super().__init__(**kwargs)
+        self.vocabulary_size = vocabulary_size
+        self.width = width
+        self.initializer_range = initializer_range
+
+    def build(self, input_shape=None):
+        del input_shape
+        self.weight = self.add_weight(
+            name="weight",
+            shape=(self.vocabulary_size, self.width),
+            initializer=keras.initializers.RandomNormal(stddev=self.initializer_range),
+        )
+
+    def call(self, token_ids_BT: Tensor) -> Tensor:
+        """`[B, T]` ids to `[B, T, D]` in the compute dtype."""
+        return ops.cast(ops.take(self.weight, token_ids_BT, axis=0), self.compute_dtype)
+
+    def logits(self, x_BTD: Tensor) -> Tensor:
+        """`[B, T, D]` to `[B, T, V]` in float32, where the head is tied to the embedding."""
+        dtype = self.compute_dtype
+        return backend.ops.linear(ops.cast(x_BTD, dtype), ops.cast(self.weight, dtype), "float32")
