@@ -1,0 +1,128 @@
+"""Filling a model that was built without memory, straight from the mapped files."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from puna import backend
+from puna.backend import build
+from puna.backend.memory import numpy_dtype
+from puna.checkpoint.source import TensorSource
+from puna.errors import PresetError
+
+# Tensors that some checkpoints carry and that hold nothing a model needs.
+IGNORED = ("*.rotary_emb.inv_freq", "*.attn.bias", "*.attn.masked_bias")
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+# Tensors converted ahead of the one being placed: enough to keep both busy, few enough that their
+# memory does not show.
+_AHEAD = 2
+
+
+def load_weights(variables: Mapping[str, Any], source: TensorSource, *, has_head: bool) -> None:
+    """Give every variable its tensor's value, each once, and account for every tensor.
+
+    Args:
+        variables: uninitialised Keras variables under the checkpoint's names.
+        source: the checkpoint's tensors.
+        has_head: whether the model computes logits; a backbone alone leaves `lm_head.*` unread.
+
+    Raises:
+        PresetError: a tensor is missing, has another shape, or belongs to nothing. The message
+            names them; no variable has been touched then.
+    """
+    stored = _stored_names(variables, source)
+    _check(variables, source, stored, has_head)
+    for name, array, copied in _prepared(variables, source, stored):
+        variable = variables[name]
+        backend.ops.initialize(variable, array)
+        build.mark_initialized(variable)
+        if copied or not backend.ops.aliases(array):
+            source.release(stored[name])
+
+
+def _stored_names(variables: Mapping[str, Any], source: TensorSource) -> dict[str, str]:
+    """Our name of each tensor to the file's: files of a bare backbone lack the `model.`."""
+    names = source.names()
+    if any(name.startswith("model.") for name in names):
+        return {name: name for name in variables}
+    return {name: name.removeprefix("model.") for name in variables}
+
+
+def _check(
+    variables: Mapping[str, Any],
+    source: TensorSource,
+    stored: Mapping[str, str],
+    has_head: bool,
+) -> None:
+    names = set(source.names())
+    if missing := [name for name in variables if stored[name] not in names]:
+        raise PresetError(
+            f"the checkpoint lacks {_some(missing)}; expected {len(variables)} in all"
+        )
+    wrong = [
+        f"{name} {source.info(stored[name]).shape} instead of {tuple(variable.shape)}"
+        for name, variable in variables.items()
+        if source.info(stored[name]).shape != tuple(variable.shape)
+    ]
+    if wrong:
+        raise PresetError(f"config.json and the checkpoint differ in the shape of {_some(wrong)}")
+    left = sorted(names - set(stored.values()))
+    left = [n for n in left if not any(fnmatch.fnmatch(n, pattern) for pattern in IGNORED)]
+    if not has_head:
+        left = [name for name in left if not name.startswith("lm_head.")]
+    elif HEAD in left and HEAD not in variables:
+        _check_tied(source, stored)
+        left.remove(HEAD)
+    if left:
+        raise PresetError(f"the checkpoint holds tensors that a Llama does not: {_some(left)}")
+
+
+def _check_tied(source: TensorSource, stored: Mapping[str, str]) -> None:
+    """Refuse a head that the configuration says is the embedding, and is not."""
+    head, embedding = source.read(HEAD), source.read(stored[EMBEDDING])
+    equal = head.shape == embedding.shape and head.dtype == embedding.dtype
+    equal = equal and np.array_equal(head.view(np.uint8), embedding.view(np.uint8))
+    source.release(HEAD)
+    if not equal:
+        raise PresetError(
+            f"config.json says tie_word_embeddings, but {HEAD} differs from {EMBEDDING}; "
+            "set tie_word_embeddings to false there if the head is its own"
+        )
+
+
+def _prepared(
+    variables: Mapping[str, Any], source: TensorSource, stored: Mapping[str, str]
+) -> Iterator[tuple[str, np.ndarray, bool]]:
+    """Each tensor as its variable wants it, prepared by threads a little ahead of its use.
+
+    The last item says whether the array is a copy, not the file's own pages.
+    """
+
+    def prepare(name: str) -> tuple[str, np.ndarray, bool]:
+        array = source.read(stored[name])
+        prepared = backend.ops.prepare(array, numpy_dtype(variables[name]._dtype))
+        return name, prepared, prepared is not array
+
+    workers = min(4, os.cpu_count() or 1)
+    with ThreadPoolExecutor(workers, thread_name_prefix="puna-load") as pool:
+        pending: deque[Future[tuple[str, np.ndarray, bool]]] = deque()
+        for name in variables:
+            pending.append(pool.submit(prepare, name))
+            if len(pending) > _AHEAD:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def _some(names: list[str], most: int = 4) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,159 @@
+"""Writing a model as a Hugging Face directory, all of it or nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from puna import backend
+from puna.backend.memory import numpy_dtype
+from puna.checkpoint.preset import SETTINGS_FILE
+from puna.checkpoint.safetensors import TensorSpec, write_sharded
+from puna.config import LlamaConfig
+from puna.errors import PresetError
+
+MAX_SHARD_SIZE = 5_000_000_000  # bytes, as transformers has it
+
+# What a save writes. Other files of an existing directory, such as a README, are kept.
+_OURS = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-*-of-*.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "additional_chat_templates",
+    SETTINGS_FILE,
+)
+
+
+def save_directory(
+    directory: Path,
+    *,
+    config: LlamaConfig,
+    tensors: Mapping[str, Any],
+    tokenizer: Any | None,
+    generation_config: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    max_shard_size: int = MAX_SHARD_SIZE,
+) -> None:
+    """Write weights, configuration and tokenizer, so that transformers opens them.
+
+    The files are written beside and put in place together: a save that fails leaves what was there
+    as it was. A directory that exists keeps the files that are not of a checkpoint.
+
+    Args:
+        directory: where to.
+        config: the model's shape.
+        tensors: Keras variables under the checkpoint's names.
+        tokenizer: a `puna.text.tokenizer.Tokenizer`, or None.
+        generation_config: what the checkpoint's own said; the stop ids are brought up to date.
+        settings: what only Puna knows, for `puna.json`; no file where empty.
+        max_shard_size: bytes of a weights file at the most.
+
+    Raises:
+        PresetError: the directory cannot be written.
+    """
+    dtypes = sorted({variable._dtype for variable in tensors.values()}, key=_itemsize)
+    stops = list(config.eos_token_ids) if tokenizer is None else list(tokenizer.stop_token_ids)
+    with _replacement(directory) as work:
+        write_sharded(
+            work,
+            [
+                TensorSpec(
+                    name,
+                    tuple(variable.shape),
+                    numpy_dtype(variable._dtype),
+                    lambda variable=variable: backend.ops.to_numpy(variable),
+                )
+                for name, variable in tensors.items()
+            ],
+            max_shard_size,
+        )
+        if tokenizer is not None:
+            tokenizer.save(work)
+        _write_json(
+            work / "config.json", config.to_hf() | {"dtype": dtypes[-1], "torch_dtype": dtypes[-1]}
+        )
+        _write_json(
+            work / "generation_config.json", _generation_config(generation_config, config, stops)
+        )
+        if settings:
+            _write_json(work / SETTINGS_FILE, dict(settings))
+
+
+def _generation_config(
+    given: Mapping[str, Any], config: LlamaConfig, stops: list[int]
+) -> dict[str, Any]:
+    ids = {"bos_token_id": config.bos_token_id, "pad_token_id": config.pad_token_id} | dict(given)
+    ids["eos_token_id"] = stops[0] if len(stops) == 1 else stops or None
+    return {name: value for name, value in ids.items() if value is not None}
+
+
+def _itemsize(dtype: str) -> int:
+    return numpy_dtype(dtype).itemsize
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _replacement(directory: Path) -> Iterator[Path]:
+    """A scratch directory that takes the place of `directory` when the scope ends well."""
+    directory = directory.expanduser().absolute()
+    if directory.exists() and not directory.is_dir():
+        raise PresetError(f"{directory} is a file; expected a directory to save into")
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    except OSError as error:
+        raise PresetError(f"{directory} cannot be written: {error.strerror or error}") from error
+    try:
+        yield work
+        work.chmod(0o777 & ~_umask())
+        _swap(work, directory)
+    except OSError as error:
+        raise PresetError(
+            f"saving to {directory} failed ({error.strerror or error}); what was there is unchanged"
+        ) from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _swap(work: Path, directory: Path) -> None:
+    """Put `work` in the place of `directory`, and keep in it what is not ours."""
+    if not directory.exists():
+        work.rename(directory)
+        return
+    for entry in directory.iterdir():
+        if not any(entry.match(pattern) for pattern in _OURS) and not (work / entry.name).exists():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.copytree(entry, work / entry.name, symlinks=True)
+            else:
+                shutil.copy2(entry, work / entry.name, follow_symlinks=False)
+    old = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old.", dir=directory.parent))
+    directory.rename(old / "preset")
+    try:
+        work.rename(directory)
+    except OSError:
+        (old / "preset").rename(directory)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _umask() -> int:
+    """The process's umask, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

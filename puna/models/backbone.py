@@ -1,0 +1,187 @@
+"""The backbone: embedding, blocks and the last norm."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import keras
+from keras import ops
+
+from puna.backend.protocol import Tensor
+from puna.checkpoint.variable_names import tensor_name
+from puna.config import LlamaConfig
+from puna.layers.block import Block
+from puna.layers.cache import Cache
+from puna.layers.embedding import Embedding
+from puna.layers.rms_norm import RMSNorm
+from puna.layers.rope import RotaryEmbedding
+
+
+@keras.saving.register_keras_serializable(package="puna")
+class Llama3Backbone(keras.Model):
+    """A Llama without its head: token ids to hidden states.
+
+    The inputs are `{"token_ids": int [B, T], "padding_mask": bool [B, T]}`, or the token ids alone.
+    Hidden states are `[B, T, D]` in the compute dtype. Positions count the tokens of the mask, so
+    padding may stand on either side.
+
+    Args:
+        config: the model's shape; or else keras-hub's arguments, from `vocabulary_size` to
+            `tie_word_embeddings` (see `LlamaConfig.from_keras_hub`).
+        dtype: a dtype's name or a Keras dtype policy; None means Keras's own default.
+        name: the layer's name.
+
+    Example:
+    >>> backbone = Llama3Backbone(
+    ...     vocabulary_size=32, num_layers=1, num_query_heads=2, hidden_dim=8,
+    ...     intermediate_dim=16, num_key_value_heads=1,
+    ... )
+    >>> backbone([[3, 1, 4]]).shape[-1]
+    8
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        config: LlamaConfig | None = None,
+        dtype: Any = None,
+        name: str = "model",
+        trainable: bool = True,
+        **kwargs: Any,
+    ):
+        super().__init__(dtype=dtype, name=name, trainable=trainable)
+        if config is None:
+            config = LlamaConfig.from_keras_hub(*args, **kwargs)
+        elif args or kwargs:
+            raise TypeError(f"beside config, these are not taken: {[*args, *kwargs]}")
+        self.config = config
+        policy, D = self.dtype_policy, config.hidden_size
+        self.embed_tokens = Embedding(
+            config.vocab_size,
+            D,
+            initializer_range=config.initializer_range,
+            name="embed_tokens",
+            dtype=policy,
+        )
+        # Keras has a `layers` of its own, and a dot in a name breaks torch: hence "layers_3".
+        self.transformer_layers = [
+            Block(config, name=f"layers_{i}", dtype=policy) for i in range(config.num_hidden_layers)
+        ]
+        self.norm = RMSNorm(D, epsilon=config.rms_norm_eps, name="norm", dtype=policy)
+        self.rotary = RotaryEmbedding(config.rope, config.head_size, config.max_position_embeddings)
+        self.build()
+
+    def build(self, input_shape=None):
+        for layer in (self.embed_tokens, *self.transformer_layers, self.norm):
+            layer.build(input_shape)
+
+    def call(self, inputs: Any, training: bool = False) -> Tensor:
+        """Hidden states `[B, T, D]` of whole sequences."""
+        token_ids_BT, mask_BT = _split_inputs(inputs)
+        positions_BT = ops.maximum(ops.cumsum(ops.cast(mask_BT, "int32"), axis=1) - 1, 0)
+        x_BTD, _ = self._run(token_ids_BT, positions_BT, _causal_mask(mask_BT), training=training)
+        return x_BTD
+
+    def step(self, token_ids_BT: Tensor, start_B: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
+        """Hidden states of T tokens more, after the first `start_B` positions of the cache.
+
+        Args:
+            token_ids_BT: int [B, T].
+            start_B: int [B], the position of each row's first new token.
+            cache: it is consumed: use the one that is returned.
+        """
+        T, S = token_ids_BT.shape[1], cache[0].key_BKSH.shape[2]
+        positions_BT = start_B[:, None] + ops.arange(T, dtype="int32")
+        # What lies beyond a row's own position is of padding or of an earlier use.
+        mask_BTS = ops.arange(S, dtype="int32") <= positions_BT[:, :, None]
+        return self._run(token_ids_BT, positions_BT, mask_BTS[:, None], cache, start_B)
+
+    def _run(
+        self,
+        token_ids_BT: Tensor,
+        positions_BT: Tensor,
+        mask_B1TS: Tensor,
+        cache: Cache | None = None,
+        start_B: Tensor | None = None,
+        training: bool = False,
+    ) -> tuple[Tensor, Cache]:
+        x_BTD = self.embed_tokens.call(token_ids_BT)
+        rotary = self.rotary(positions_BT)
+        new_cache = []
+        for i, block in enumerate(self.transformer_layers):
+            layer_cache = None if cache is None else cache[i]
+            x_BTD, layer_cache = block.call(
+                x_BTD, rotary, mask_B1TS, layer_cache, start_B, training
+            )
+            new_cache.append(layer_cache)
+        return self.norm.call(x_BTD), tuple(new_cache)
+
+    def compute_output_spec(self, inputs: Any, training: bool = False) -> keras.KerasTensor:
+        """The hidden states' shape and dtype, for functional models."""
+        token_ids, _ = _split_inputs(inputs)
+        shape = (*token_ids.shape, self.config.hidden_size)
+        return keras.KerasTensor(shape, self.compute_dtype)
+
+    @property
+    def token_embedding(self) -> Embedding:
+        """keras-hub's name of `embed_tokens`."""
+        return self.embed_tokens
+
+    @property
+    def layer_norm(self) -> RMSNorm:
+        """keras-hub's name of `norm`."""
+        return self.norm
+
+    def tensors(self) -> dict[str, Any]:
+        """The variables under the checkpoint's names, such as `model.norm.weight`."""
+        return {f"model.{tensor_name(v.path, self.path)}": v for v in self.weights}
+
+    def get_config(self) -> dict[str, Any]:
+        """Everything that the constructor needs, as JSON."""
+        return {
+            "config": self.config.to_hf(),
+            "dtype": keras.dtype_policies.serialize(self.dtype_policy),
+            "name": self.name,
+            "trainable": self.trainable,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects=None) -> Llama3Backbone:
+        """The inverse of `get_config`."""
+        del custom_objects
+        return cls(**(config | {"config": LlamaConfig.from_hf(config["config"])}))
+
+    @classmethod
+    def from_preset(
+        cls,
+        preset: str | os.PathLike[str],
+        load_weights: bool = True,
+        dtype: Any = None,
+        revision: str | None = None,
+    ) -> Llama3Backbone:
+        """The backbone of a preset; see `Llama3CausalLM.from_preset`."""
+        from puna.models.presets import load_backbone
+
+        return load_backbone(cls, preset, load_weights, dtype, revision)
+
+
+def _split_inputs(inputs: Any) -> tuple[Tensor, Tensor]:
+    """Token ids and mask from a dict, or from ids alone."""
+    if isinstance(inputs, dict):
+        token_ids, mask = inputs["token_ids"], inputs.get("padding_mask")
+    else:
+        token_ids, mask = inputs, None
+    token_ids = ops.convert_to_tensor(token_ids)
+    mask = ops.ones_like(token_ids, "bool") if mask is None else ops.cast(mask, "bool")
+    return ops.cast(token_ids, "int32"), mask
+
+
+def _causal_mask(mask_BT: Tensor) -> Tensor:
+    """True where a query may look: itself, and real tokens before it, `[B, 1, T, T]`."""
+    T = ops.shape(mask_BT)[1]
+    place_T = ops.arange(T, dtype="int32")
+    before_TT = place_T[None, :] <= place_T[:, None]
+    # Padding looks at itself, so that no softmax is over nothing.
+    itself_TT = place_T[None, :] == place_T[:, None]
+    return (itself_TT | (before_TT & mask_BT[:, None, :]))[:, None]

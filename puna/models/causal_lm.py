@@ -1,0 +1,316 @@
+"""The causal language model: backbone, head and preprocessor, a Keras model that takes strings."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+from keras import ops
+
+from puna import samplers
+from puna.backend.protocol import Tensor
+from puna.checkpoint.variable_names import tensor_name
+from puna.config import LlamaConfig
+from puna.decoding.loop import Decoder
+from puna.decoding.requests import Generation, answer
+from puna.errors import ConfigError, TokenizerError
+from puna.layers.cache import Cache
+from puna.layers.linear import Linear
+from puna.models.backbone import Llama3Backbone
+from puna.models.preprocessor import Llama3CausalLMPreprocessor
+from puna.models.tokenizer import Llama3Tokenizer
+from puna.tuning.data import Preprocessed, contains_text
+
+
+class CausalLM(keras.Model):
+    """The base of causal language models; `CausalLM.from_preset` picks the class."""
+
+    @classmethod
+    def from_preset(
+        cls,
+        preset: str | os.PathLike[str],
+        load_weights: bool = True,
+        dtype: Any = None,
+        *,
+        revision: str | None = None,
+        **kwargs: Any,
+    ) -> Llama3CausalLM:
+        """A model from a checkpoint, converted on the fly.
+
+        Args:
+            preset: a directory in Hugging Face's layout, a `.gguf` file, `hf://org/name[@revision]`
+                or a name of `puna.checkpoint.hub.PRESETS`.
+            load_weights: False makes random weights of the same shape.
+            dtype: a dtype's name or a Keras dtype policy; None means the checkpoint's own dtype,
+                and float32 for quantized GGUF files.
+            revision: a branch, tag or commit of the Hub, where the address names none.
+            **kwargs: `preprocessor=None` leaves out the tokenizer; anything else goes to the
+                constructor.
+
+        Raises:
+            PresetError: the preset is not there, or its files are broken or do not fit.
+            ConfigError: the configuration asks for what we do not compute.
+        """
+        from puna.models.presets import load_causal_lm
+
+        return load_causal_lm(Llama3CausalLM, preset, load_weights, dtype, revision, kwargs)
+
+
+@keras.saving.register_keras_serializable(package="puna")
+class Llama3CausalLM(CausalLM):
+    """A Llama that predicts the next token.
+
+    Called on `{"token_ids", "padding_mask"}`, each `[B, T]`, it returns logits `[B, T, V]` in
+    float32. `generate`, `fit`, `evaluate` and `predict` take strings where it has a preprocessor.
+
+    Args:
+        backbone: a `Llama3Backbone`.
+        preprocessor: turns strings into arrays; None leaves arrays to the caller.
+        name: the model's name.
+    """
+
+    def __init__(
+        self,
+        backbone: Llama3Backbone,
+        preprocessor: Llama3CausalLMPreprocessor | None = None,
+        *,
+        name: str | None = None,
+        trainable: bool = True,
+    ):
+        super().__init__(dtype=backbone.dtype_policy, name=name, trainable=trainable)
+        self.backbone = backbone
+        self.preprocessor = preprocessor
+        self.sampler: samplers.Sampler = samplers.TopKSampler(k=5)
+        self.generation_config: dict[str, Any] = {}
+        self.lm_head = None
+        if not self.config.tie_word_embeddings:
+            self.lm_head = Linear(
+                self.config.hidden_size,
+                self.config.vocab_size,
+                initializer_range=self.config.initializer_range,
+                out_dtype="float32",
+                name="lm_head",
+                dtype=self.dtype_policy,
+            )
+        self._decoder = Decoder(self)
+        self.build()
+
+    @property
+    def config(self) -> LlamaConfig:
+        """The backbone's shape."""
+        return self.backbone.config
+
+    @property
+    def tokenizer(self) -> Llama3Tokenizer:
+        """The preprocessor's tokenizer."""
+        return self._require_preprocessor("tokenizer").tokenizer
+
+    def build(self, input_shape=None):
+        if self.lm_head is not None:
+            self.lm_head.build(input_shape)
+
+    def call(self, inputs: Any, training: bool = False) -> Tensor:
+        """Logits `[B, T, V]` in float32, of whole sequences."""
+        return self._logits(self.backbone(inputs, training=training))
+
+    def step(
+        self, token_ids_BT: Tensor, start_B: Tensor, cache: Cache, last_B: Tensor | None
+    ) -> tuple[Tensor | None, Cache]:
+        """T tokens more of each row, with a cache; logits of one position of each row at most.
+
+        Args:
+            token_ids_BT: int [B, T].
+            start_B: int [B], the position of each row's first new token.
+            cache: from `puna.layers.cache.empty_cache` or an earlier step; it is consumed.
+            last_B: int [B], the places in 0..T-1 whose logits are wanted; None wants none.
+
+        Returns:
+            Float32 `[B, V]` or None, and the cache with the new tokens in it.
+        """
+        x_BTD, cache = self.backbone.step(token_ids_BT, start_B, cache)
+        if last_B is None:
+            return None, cache
+        x_B1D = ops.take_along_axis(x_BTD, ops.cast(last_B, "int32")[:, None, None], axis=1)
+        return self._logits(x_B1D)[:, 0], cache
+
+    def _logits(self, x_BTD: Tensor) -> Tensor:
+        if self.lm_head is None:
+            return self.backbone.embed_tokens.logits(x_BTD)
+        return self.lm_head.call(x_BTD)
+
+    def compute_output_spec(self, inputs: Any, training: bool = False) -> keras.KerasTensor:
+        """The logits' shape and dtype, for functional models."""
+        hidden = self.backbone.compute_output_spec(inputs)
+        return keras.KerasTensor((*hidden.shape[:-1], self.config.vocab_size), "float32")
+
+    def tensors(self) -> dict[str, Any]:
+        """The variables under the checkpoint's names, such as `lm_head.weight`."""
+        tensors = self.backbone.tensors()
+        if self.lm_head is not None:
+            root = self.lm_head.path
+            tensors |= {f"lm_head.{tensor_name(v.path, root)}": v for v in self.lm_head.weights}
+        return tensors
+
+    def compile(
+        self,
+        optimizer: Any = "auto",
+        loss: Any = "auto",
+        *,
+        weighted_metrics: Any = "auto",
+        sampler: str | samplers.Sampler = "top_k",
+        **kwargs: Any,
+    ) -> None:
+        """Keras's `compile`, with defaults for fine-tuning, and the sampler of `generate`.
+
+        Args:
+            optimizer: "auto" is Adam with a learning rate of 2e-5.
+            loss: "auto" is cross-entropy, averaged over the tokens that have a weight.
+            weighted_metrics: "auto" is the share of tokens that are predicted.
+            sampler: a `puna.samplers.Sampler` or a name of one.
+            **kwargs: as Keras has them.
+        """
+        if optimizer == "auto":
+            optimizer = keras.optimizers.Adam(2e-5)
+        if loss == "auto":
+            loss = keras.losses.SparseCategoricalCrossentropy(
+                from_logits=True, reduction="mean_with_sample_weight"
+            )
+        if weighted_metrics == "auto":
+            weighted_metrics = [keras.metrics.SparseCategoricalAccuracy(name="accuracy")]
+        self.sampler = samplers.get(sampler)
+        super().compile(optimizer=optimizer, loss=loss, weighted_metrics=weighted_metrics, **kwargs)
+
+    def get_compile_config(self) -> dict[str, Any] | None:
+        """Keras's, with the sampler."""
+        config = super().get_compile_config()
+        return None if config is None else config | {"sampler": samplers.to_config(self.sampler)}
+
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        """The inverse of `get_compile_config`; optimizer state is loaded into what it makes."""
+        sampler = samplers.from_config(config["sampler"])
+        others = {name: value for name, value in config.items() if name != "sampler"}
+        self.compile(**keras.saving.deserialize_keras_object(others), sampler=sampler)
+        if self.optimizer is not None:
+            self.optimizer.build(self.trainable_variables)
+
+    def generate(
+        self,
+        inputs: Any,
+        max_length: int | None = None,
+        stop_token_ids: Sequence[int] | str | None = "auto",
+        strip_prompt: bool = False,
+        *,
+        max_new_tokens: int | None = None,
+        sampler: str | samplers.Sampler | None = None,
+    ) -> Any:
+        """Continue prompts.
+
+        Args:
+            inputs: a string, a list of strings, token ids (1-D, or a list of such), or a dict of
+                `token_ids` and `padding_mask` `[B, T]`. Prompts may differ in length.
+            max_length: tokens of prompt and completion together; None means the preprocessor's
+                `sequence_length`, or the context where there is no preprocessor.
+            stop_token_ids: ids that end a completion; "auto" means all that the tokenizer names,
+                None means none.
+            strip_prompt: whether to leave the prompt out of the result.
+            max_new_tokens: tokens of the completion alone; with `max_length`, both hold.
+            sampler: a `puna.samplers.Sampler` or a name; None means `compile`'s, else top-k of 5.
+
+        Returns:
+            What came in: a string for a string, a list for a list, int32 ids for ids, a dict for a
+            dict (`[B, longest]`, the mask true on prompt and completion). In text, special tokens
+            are left out; in ids, the token that stopped a row is kept.
+
+        Raises:
+            ContextLengthError: a prompt is longer than `max_length` or than the model's context.
+        """
+        generation = Generation(
+            max_length=max_length,
+            max_new_tokens=max_new_tokens,
+            stop_token_ids=stop_token_ids,
+            strip_prompt=strip_prompt,
+            sampler=self.sampler if sampler is None else samplers.get(sampler),
+        )
+        return answer(self._decoder, self.config, self.preprocessor, inputs, generation)
+
+    def fit(self, x: Any = None, y: Any = None, **kwargs: Any) -> Any:
+        """Keras's `fit`, on strings too: a list or array, or a data set or generator of batches.
+
+        The result of training on strings is the same as that on what the preprocessor makes of
+        them. Texts that had to be cut are counted, and the count is shown.
+        """
+        self._check_trainable_dtype()
+        self._compile_if_needed()
+        with self._preprocessed(x, y, kwargs) as data:
+            return super().fit(**data)
+
+    def evaluate(self, x: Any = None, y: Any = None, **kwargs: Any) -> Any:
+        """Keras's `evaluate`, on strings too; see `fit`."""
+        self._compile_if_needed()
+        with self._preprocessed(x, y, kwargs) as data:
+            return super().evaluate(**data)
+
+    def predict(self, x: Any, **kwargs: Any) -> Any:
+        """Keras's `predict`, on strings too: logits `[B, T, V]`."""
+        with self._preprocessed(x, None, kwargs, labels=False) as data:
+            return super().predict(**data)
+
+    def _preprocessed(self, x: Any, y: Any, kwargs: dict[str, Any], labels: bool = True):
+        if contains_text(x) or contains_text(kwargs.get("validation_data")):
+            self._require_preprocessor("preprocessor, and strings were given")
+        return Preprocessed(self.preprocessor, x, y, kwargs, labels=labels)
+
+    def _compile_if_needed(self) -> None:
+        if not self.compiled:
+            self.compile(sampler=self.sampler)
+
+    def _check_trainable_dtype(self) -> None:
+        half = [v for v in self.trainable_variables if v.dtype in ("bfloat16", "float16")]
+        if half:
+            raise ConfigError(
+                f"{len(half)} trainable variables are in {half[0].dtype}, where a step's change "
+                "of a weight is mostly rounded away; load the model with "
+                f"dtype='mixed_{half[0].dtype}' (float32 weights, the same products) or "
+                "dtype='float32', or freeze what shall not be trained"
+            )
+
+    def _require_preprocessor(self, what: str) -> Llama3CausalLMPreprocessor:
+        if self.preprocessor is None:
+            raise TokenizerError(
+                f"the model has no {what}; give Llama3CausalLM(backbone, preprocessor) one, or "
+                "pass token ids"
+            )
+        return self.preprocessor
+
+    def save_to_preset(self, preset_dir: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Write the model as a Hugging Face directory; see `puna.checkpoint.save`.
+
+        Args:
+            preset_dir: a directory; what it held of an earlier save is replaced, all at once.
+            **kwargs: `max_shard_size`, in bytes.
+        """
+        from puna.models.presets import save_causal_lm
+
+        save_causal_lm(self, preset_dir, **kwargs)
+
+    def get_config(self) -> dict[str, Any]:
+        """Everything that the constructor needs, as JSON."""
+        serialize = keras.saving.serialize_keras_object
+        return {
+            "backbone": serialize(self.backbone),
+            "preprocessor": serialize(self.preprocessor),
+            "name": self.name,
+            "trainable": self.trainable,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects=None) -> Llama3CausalLM:
+        """The inverse of `get_config`."""
+        deserialize = keras.saving.deserialize_keras_object
+        parts = {
+            part: deserialize(config[part], custom_objects=custom_objects)
+            for part in ("backbone", "preprocessor")
+        }
+        return cls(**(config | parts))

@@ -1,0 +1,1 @@
+"""Training: texts to batches."""
