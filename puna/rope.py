@@ -190,7 +190,7 @@ class RopeConfig:
         exponents = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
         frequencies = self.rope_theta**-exponents
         if self.rope_type == "linear":
-            return frequencies / self.factor
+            return frequencies / (self.factor or 1.0)
         if self.rope_type == "llama3":
             return self._llama3(frequencies)
         if self.rope_type == "yarn":

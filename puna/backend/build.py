@@ -19,7 +19,7 @@ _PENDING = "uninitialized_variables"
 @contextlib.contextmanager
 def abstract() -> Iterator[None]:
     """Variables made in this scope have shapes and dtypes, and no memory until initialised."""
-    pending = list(global_state.get_global_attribute(_PENDING, []))
+    pending = list(global_state.get_global_attribute(_PENDING) or [])
     try:
         with keras.StatelessScope(initialize_variables=False):
             yield

@@ -38,7 +38,7 @@ PRESETS: dict[str, str] = {
 
 # What a preset needs. Repositories also hold `original/*.pth`, ONNX and other copies of the same
 # weights in folders of their own, which these patterns of the top folder leave where they are.
-_SMALL = (
+_SMALL: tuple[str, ...] = (
     "config.json",
     "generation_config.json",
     "tokenizer.json",
@@ -109,7 +109,7 @@ def _fetch(address: str, *, weights: bool, revision: str | None) -> Path:
 
     repository, in_address = parse_address(address)
     revision = in_address or revision
-    patterns = [*_SMALL, *_WEIGHTS] if weights else list(_SMALL)
+    patterns: list[str] = [*_SMALL, *(_WEIGHTS if weights else ())]
     at = f" at revision {revision!r}" if revision else ""
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))

@@ -33,11 +33,12 @@ class Llama3Backbone(keras.Model):
         name: the layer's name.
 
     Example:
+    >>> import numpy as np
     >>> backbone = Llama3Backbone(
     ...     vocabulary_size=32, num_layers=1, num_query_heads=2, hidden_dim=8,
     ...     intermediate_dim=16, num_key_value_heads=1,
     ... )
-    >>> backbone([[3, 1, 4]]).shape[-1]
+    >>> backbone(np.array([[3, 1, 4]])).shape[-1]
     8
     """
 
@@ -135,7 +136,8 @@ class Llama3Backbone(keras.Model):
 
     def tensors(self) -> dict[str, Any]:
         """The variables under the checkpoint's names, such as `model.norm.weight`."""
-        return {f"model.{tensor_name(v.path, self.path)}": v for v in self.weights}
+        root = self.path or self.name
+        return {f"model.{tensor_name(v.path, root)}": v for v in self.weights}
 
     def get_config(self) -> dict[str, Any]:
         """Everything that the constructor needs, as JSON."""
@@ -150,7 +152,8 @@ class Llama3Backbone(keras.Model):
     def from_config(cls, config: dict[str, Any], custom_objects=None) -> Llama3Backbone:
         """The inverse of `get_config`."""
         del custom_objects
-        return cls(**(config | {"config": LlamaConfig.from_hf(config["config"])}))
+        others = {name: value for name, value in config.items() if name != "config"}
+        return cls(config=LlamaConfig.from_hf(config["config"]), **others)
 
     @classmethod
     def from_preset(

@@ -20,7 +20,7 @@ from puna.layers.cache import Cache
 from puna.layers.linear import Linear
 from puna.models.backbone import Llama3Backbone
 from puna.models.preprocessor import Llama3CausalLMPreprocessor
-from puna.models.tokenizer import Llama3Tokenizer
+from puna.text.tokenizer import Tokenizer
 from puna.tuning.data import Preprocessed, contains_text
 
 
@@ -103,7 +103,7 @@ class Llama3CausalLM(CausalLM):
         return self.backbone.config
 
     @property
-    def tokenizer(self) -> Llama3Tokenizer:
+    def tokenizer(self) -> Tokenizer:
         """The preprocessor's tokenizer."""
         return self._require_preprocessor("tokenizer").tokenizer
 
@@ -149,7 +149,7 @@ class Llama3CausalLM(CausalLM):
         """The variables under the checkpoint's names, such as `lm_head.weight`."""
         tensors = self.backbone.tensors()
         if self.lm_head is not None:
-            root = self.lm_head.path
+            root = self.lm_head.path or self.lm_head.name
             tensors |= {f"lm_head.{tensor_name(v.path, root)}": v for v in self.lm_head.weights}
         return tensors
 

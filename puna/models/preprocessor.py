@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import keras
@@ -39,7 +40,7 @@ class Llama3CausalLMPreprocessor(CausalLMPreprocessor):
         return super().get_config() | {"tokenizer": tokenizer}
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Llama3CausalLMPreprocessor:
+    def from_config(cls, config: Mapping[str, Any]) -> Llama3CausalLMPreprocessor:
         """The inverse of `get_config`."""
         tokenizer = keras.saving.deserialize_keras_object(config["tokenizer"])
-        return cls(**(config | {"tokenizer": tokenizer}))
+        return cls(**{**config, "tokenizer": tokenizer})

@@ -122,7 +122,7 @@ class _MappedPyDataset(keras.utils.PyDataset):
         self._function = function
 
     @property
-    def num_batches(self) -> int | None:
+    def num_batches(self) -> Any:
         return self._texts.num_batches
 
     def __getitem__(self, index: int) -> Any:

@@ -1,0 +1,1 @@
+"""Reading and writing checkpoints: what the files hold, in Hugging Face's tensor names."""
