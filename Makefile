@@ -1,0 +1,51 @@
+# The two commands to know: `make demo` and `make test`. Each sets up what it needs.
+.DEFAULT_GOAL := help
+.PHONY: help demo test check soak clean
+
+# PyTorch's CPU wheel and the pinned tools are made for 3.11; any later Python runs the demo.
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+RUN_TESTS := $(BIN)/python -m pytest
+BACKENDS := jax torch tensorflow
+
+help:
+	@echo "make demo    load a small real model and ask it something"
+	@echo "make test    all checks and tests, on JAX, PyTorch and TensorFlow"
+	@echo "make check   format, lint, types, import direction, docstring examples"
+	@echo "make soak    the long acceptance runs"
+	@echo "make clean   remove what the others made"
+
+# The demo needs little; tests need everything. Each keeps a stamp, so that a second run starts at once.
+$(VENV)/.demo: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[jax]'
+	touch $@
+
+$(VENV)/.dev: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@ $(VENV)/.demo
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/demo.py "$$($(BIN)/python -m tests.assets smollm2)"
+
+test: check
+	$(BIN)/python -m tests.assets
+	KERAS_BACKEND=jax $(RUN_TESTS) -m "not soak" -n 2
+	KERAS_BACKEND=torch $(RUN_TESTS) -m "not soak and not backend_free" -n 2
+	KERAS_BACKEND=tensorflow $(RUN_TESTS) -m "not soak and not backend_free" -n 2
+
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff check --quiet .
+	$(BIN)/pyright
+	$(RUN_TESTS) tests/meta
+
+soak: $(VENV)/.dev
+	$(BIN)/python -m tests.assets
+	KERAS_BACKEND=jax $(RUN_TESTS) -m soak
+
+clean:
+	rm -rf $(VENV) .cache build dist *.egg-info
