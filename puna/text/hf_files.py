@@ -1,0 +1,175 @@
+"""A tokenizer's files in a Hugging Face directory: reading and writing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken
+
+from puna.errors import TokenizerError
+from puna.text.tiktoken import BEGIN_OF_TEXT, END_OF_TEXT, backend_from_tiktoken, is_tiktoken_file
+
+# Meta's download has it in the model's directory or, in Hugging Face's mirrors, in original/
+_TIKTOKEN_PLACES = ("tokenizer.model", "original/tokenizer.model")
+
+
+def settings_from_directory(path: Path) -> dict[str, Any]:
+    """`Tokenizer`'s constructor arguments from the files of a directory.
+
+    Args:
+        path: a directory with `tokenizer.json`, or with Meta's `tokenizer.model`; the files
+            beside it (`tokenizer_config.json`, `special_tokens_map.json`, `chat_template.jinja`,
+            `additional_chat_templates/`, `generation_config.json`, `config.json`) are optional.
+
+    Returns:
+        The arguments by name, the Rust tokenizer as `backend` among them.
+
+    Raises:
+        TokenizerError: there is no tokenizer, or a file is broken.
+    """
+    if not path.is_dir():
+        raise TokenizerError(f"{path} is not a directory. Give the directory of a checkpoint.")
+    config = _read_json(path / "tokenizer_config.json")
+    model = _read_json(path / "config.json")
+    generation = _read_json(path / "generation_config.json")
+    if (path / "tokenizer.json").is_file():
+        backend = _read_backend(path / "tokenizer.json")
+        _add_missing_tokens(backend, config.get("added_tokens_decoder", {}), path)
+    else:
+        backend = backend_from_tiktoken(_find_tiktoken(path))
+        config = {"clean_up_tokenization_spaces": False} | config
+        config = {"bos_token": BEGIN_OF_TEXT, "eos_token": END_OF_TEXT} | config
+
+    special = _read_json(path / "special_tokens_map.json")
+    stops = [*_ids(generation.get("eos_token_id")), *_ids(model.get("eos_token_id"))]
+
+    def token(name: str) -> str | None:
+        found = _content(config.get(name)) or _content(special.get(name))
+        ids = _ids(model.get(f"{name}_id")) or _ids(generation.get(f"{name}_id"))
+        return found or (backend.id_to_token(ids[0]) if ids else None)
+
+    add_start = config.get("add_bos_token")
+    return {
+        "backend": backend,
+        "start_token": token("bos_token"),
+        "end_token": token("eos_token"),
+        "pad_token": token("pad_token"),
+        "stop_token_ids": [stop for stop in stops if backend.id_to_token(stop) is not None],
+        "add_start_token": add_start if isinstance(add_start, bool) else None,
+        "chat_template": _read_templates(path, config),
+        "config": config,
+    }
+
+
+def write_directory(
+    path: Path, backend_json: str, config: dict[str, Any], templates: dict[str, str]
+) -> None:
+    """Write a tokenizer's files; the same arguments give the same bytes."""
+    path.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    _write(path / "tokenizer.json", backend_json)
+    _write(path / "tokenizer_config.json", text)
+    # a template that another tokenizer left here would win over our config's having none
+    (path / "chat_template.jinja").unlink(missing_ok=True)
+    for name, template in templates.items():
+        if name == "default":
+            _write(path / "chat_template.jinja", template)
+        else:
+            (path / "additional_chat_templates").mkdir(exist_ok=True)
+            _write(path / "additional_chat_templates" / f"{name}.jinja", template)
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_bytes(text.encode())
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; an empty one where there is no file."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise TokenizerError(f"{path} is not valid JSON: {error}. Download it again.") from error
+    if not isinstance(value, dict):
+        raise TokenizerError(f"{path} holds a {type(value).__name__}; expected a JSON object.")
+    return value
+
+
+def _read_backend(path: Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:
+        raise TokenizerError(
+            f"{path} cannot be read by the tokenizers library {tokenizers.__version__}: {error}. "
+            "Download the file again, or upgrade the library if the file is newer."
+        ) from error
+
+
+def _find_tiktoken(path: Path) -> Path:
+    """Meta's tokenizer file in a directory that has no `tokenizer.json`."""
+    for place in _TIKTOKEN_PLACES:
+        file = path / place
+        if file.is_file():
+            if is_tiktoken_file(file):
+                return file
+            raise TokenizerError(
+                f"{file} is a SentencePiece model, and {path} has no tokenizer.json. Make one "
+                "once with transformers: "
+                f'AutoTokenizer.from_pretrained("{path}").save_pretrained("{path}").'
+            )
+    raise TokenizerError(
+        f"{path} has neither tokenizer.json nor Meta's tokenizer.model. Copy the model's "
+        "tokenizer.json there, or give the directory that holds it."
+    )
+
+
+def _add_missing_tokens(
+    backend: tokenizers.Tokenizer, decoder: dict[str, dict[str, Any]], path: Path
+) -> None:
+    """Add the tokens that only `tokenizer_config.json` lists, as transformers does."""
+    known = backend.get_added_tokens_decoder()
+    for token_id, fields in sorted(decoder.items(), key=lambda item: int(item[0])):
+        if int(token_id) in known and known[int(token_id)].content == fields["content"]:
+            continue
+        flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+        token = AddedToken(
+            fields["content"], **{flag: fields[flag] for flag in flags if flag in fields}
+        )
+        backend.add_tokens([token])
+        if backend.token_to_id(token.content) != int(token_id):
+            raise TokenizerError(
+                f"{path / 'tokenizer_config.json'} gives {token.content!r} the id {token_id}, but "
+                f"tokenizer.json gives it {backend.token_to_id(token.content)}. The two files are "
+                "not of one model: download both again."
+            )
+
+
+def _read_templates(path: Path, config: dict[str, Any]) -> dict[str, str]:
+    """Chat templates by name; files win over the config."""
+    inline = config.get("chat_template")
+    if isinstance(inline, str):
+        templates = {"default": inline}
+    elif isinstance(inline, list):
+        templates = {entry["name"]: entry["template"] for entry in inline}
+    else:
+        templates = dict(inline or {})
+    if (path / "chat_template.jinja").is_file():
+        templates["default"] = (path / "chat_template.jinja").read_bytes().decode()
+    for file in sorted(path.glob("additional_chat_templates/*.jinja")):
+        templates[file.stem] = file.read_bytes().decode()
+    return templates
+
+
+def _content(token: Any) -> str | None:
+    """A token's text where a config gives it plainly or as a serialized `AddedToken`."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _ids(value: Any) -> list[int]:
+    """One id, several or none, as a list; transformers writes -1 for "none" at times."""
+    ids = value if isinstance(value, list) else [value]
+    return [token_id for token_id in ids if isinstance(token_id, int) and token_id >= 0]
