@@ -29,7 +29,7 @@ $(VENV)/.dev: pyproject.toml
 	touch $@ $(VENV)/.demo
 
 demo: $(VENV)/.demo
-	$(BIN)/python examples/demo.py "$$($(BIN)/python -m tests.assets smollm2)"
+	KERAS_BACKEND=$${KERAS_BACKEND:-jax} $(BIN)/python examples/demo.py "$$($(BIN)/python -m tests.assets smollm2)"
 
 test: check
 	$(BIN)/python -m tests.assets

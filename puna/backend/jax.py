@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -82,6 +84,7 @@ def compile_step(
     function: Callable[..., Any], variables: Sequence[Any], donate: Sequence[int] = ()
 ) -> Callable[..., Any]:
     """See `BackendOps.compile_step`; weights are arguments, so that XLA folds none of them."""
+    _keep_compiled_programs()
 
     def stateless(weights: list[Tensor], *args: Any) -> Any:
         with keras.StatelessScope(state_mapping=list(zip(variables, weights, strict=True))):
@@ -93,6 +96,16 @@ def compile_step(
         return compiled([variable.value for variable in variables], *args)
 
     return step
+
+
+def _keep_compiled_programs() -> None:
+    """Keep compiled programs on disk between runs, unless the user has settled it.
+
+    `JAX_COMPILATION_CACHE_DIR` names another place; `JAX_ENABLE_COMPILATION_CACHE=0` keeps none.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(home / "puna" / "xla"))
 
 
 assert ALIGNMENT == 64  # what XLA's CPU client asks of memory that it adopts

@@ -10,16 +10,24 @@ from pathlib import Path
 
 from puna.errors import BackendError
 
+# What Keras writes to keras.json on its first import, whatever backend that import used. A file
+# that says just this is nobody's choice.
+_WRITTEN_BY_KERAS = {
+    "floatx": "float32",
+    "epsilon": 1e-07,
+    "backend": "tensorflow",
+    "image_data_format": "channels_last",
+}
+
 BACKENDS = ("jax", "torch", "tensorflow")
 
 
 def choose_backend() -> str | None:
     """Set `KERAS_BACKEND` where nobody has chosen and Keras's own choice would not run.
 
-    A choice is `KERAS_BACKEND`, an imported Keras, or a `keras.json` that names an installed
-    backend. (Keras writes a `keras.json` with "tensorflow" in it on its first import, asked or not,
-    so a file that names a backend that is not installed is no choice.) Else the first of jax, torch
-    and tensorflow that is installed is taken.
+    A choice is `KERAS_BACKEND`, an imported Keras, or a `keras.json` that somebody edited and that
+    names an installed backend. Else the first of jax, torch and tensorflow that is installed is
+    taken.
 
     Returns:
         The backend chosen here, or None where the choice was made elsewhere.
@@ -45,9 +53,12 @@ def _configured_backend() -> str | None:
     home = os.environ.get("KERAS_HOME")
     path = (Path(home) if home else Path.home() / ".keras") / "keras.json"
     try:
-        backend = json.loads(path.read_text()).get("backend")
-    except (OSError, ValueError, AttributeError):
+        settings = json.loads(path.read_text())
+    except (OSError, ValueError):
         return None
+    if not isinstance(settings, dict) or settings == _WRITTEN_BY_KERAS:
+        return None
+    backend = settings.get("backend")
     return backend if isinstance(backend, str) else None
 
 

@@ -18,7 +18,7 @@ from puna.backend.protocol import Tensor
 from puna.config import LlamaConfig
 from puna.decoding import ladder
 from puna.decoding.choose import choose
-from puna.layers.cache import Cache, empty_cache
+from puna.layers.cache import Cache, empty_cache, grow_cache
 from puna.samplers import Form, Sampler, SamplingValues, UniformNumbers
 
 
@@ -106,6 +106,8 @@ class Decoder:
             active_B = active_B & (left_B > 0) & ~np.isin(tokens_B, stop_token_ids)
             if not active_B.any():
                 return
+            if lengths_B.max() >= (capacity := cache[0].key_BKSH.shape[2]):
+                cache = grow_cache(cache, ladder.capacity(capacity + 1))
             # A row that has ended repeats its last step, whose result nobody reads.
             chosen_B, cache = step(
                 *_tensors(tokens_B[:, None], lengths_B),
@@ -135,9 +137,8 @@ class Decoder:
             chunks.append((end, size))
             end += size
         most = max(len(p.token_ids) + p.max_new_tokens for p in prompts)
-        cache = empty_cache(
-            self._model.config, B, ladder.capacity(max(most, end)), self._model.compute_dtype
-        )
+        room = max(ladder.first_capacity(longest, most), ladder.capacity(end))
+        cache = empty_cache(self._model.config, B, room, self._model.compute_dtype)
         padded_BT = np.zeros((B, end), np.int32)
         for row, prompt in zip(padded_BT, prompts, strict=True):
             row[: len(prompt.token_ids)] = prompt.token_ids

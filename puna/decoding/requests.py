@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +54,31 @@ def answer(
     if generation.strip_prompt:
         return give_back(completions)
     return give_back([np.concatenate(pair) for pair in zip(rows, completions, strict=True)])
+
+
+def stream(
+    decoder: Decoder,
+    config: LlamaConfig,
+    preprocessor: CausalLMPreprocessor,
+    inputs: Any,
+    generation: Generation,
+) -> Iterator[str]:
+    """The completion of one prompt in pieces of text, as it is made; see `answer`.
+
+    Raises:
+        TokenizerError: there is not one prompt, and as `answer` raises.
+    """
+    rows, _ = _read(inputs, preprocessor)
+    if len(rows) != 1:
+        raise TokenizerError(f"stream was given {len(rows)} prompts; expected one")
+    prompt = _prompt(0, rows[0], config, preprocessor, generation)
+    stops = _stop_token_ids(config, preprocessor, generation.stop_token_ids)
+    text = preprocessor.tokenizer.stream_decoder(skip_special_tokens=True)
+    for tokens_B, _ in decoder.stream([prompt], sampler=generation.sampler, stop_token_ids=stops):
+        if piece := text.push(int(tokens_B[0])):
+            yield piece
+    if piece := text.flush():
+        yield piece
 
 
 _Rows = list[np.ndarray]

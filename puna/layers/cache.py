@@ -29,3 +29,13 @@ def empty_cache(config: LlamaConfig, rows: int, capacity: int, compute_dtype: st
         LayerCache(ops.zeros(shape, dtype), ops.zeros(shape, dtype))
         for _ in range(config.num_hidden_layers)
     )
+
+
+def grow_cache(cache: Cache, capacity: int) -> Cache:
+    """The same keys and values with room for `capacity` tokens; the old cache is consumed."""
+
+    def grow(array_BKSH: Tensor) -> Tensor:
+        more = capacity - array_BKSH.shape[2]
+        return ops.pad(array_BKSH, ((0, 0), (0, 0), (0, more), (0, 0)))
+
+    return tuple(LayerCache(grow(layer.key_BKSH), grow(layer.value_BKSH)) for layer in cache)

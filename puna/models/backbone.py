@@ -84,19 +84,26 @@ class Llama3Backbone(keras.Model):
         x_BTD, _ = self._run(token_ids_BT, positions_BT, _causal_mask(mask_BT), training=training)
         return x_BTD
 
-    def step(self, token_ids_BT: Tensor, start_B: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
+    def step(
+        self,
+        token_ids_BT: Tensor,
+        start_B: Tensor,
+        cache: Cache,
+        length_B: Tensor | None = None,
+    ) -> tuple[Tensor, Cache]:
         """Hidden states of T tokens more, after the first `start_B` positions of the cache.
 
         Args:
             token_ids_BT: int [B, T].
             start_B: int [B], the position of each row's first new token.
             cache: it is consumed: use the one that is returned.
+            length_B: int [B], each row's tokens so far, where fewer than T of the new are real.
         """
         T, S = token_ids_BT.shape[1], cache[0].key_BKSH.shape[2]
         positions_BT = start_B[:, None] + ops.arange(T, dtype="int32")
         # What lies beyond a row's own position is of padding or of an earlier use.
         mask_BTS = ops.arange(S, dtype="int32") <= positions_BT[:, :, None]
-        return self._run(token_ids_BT, positions_BT, mask_BTS[:, None], cache, start_B)
+        return self._run(token_ids_BT, positions_BT, mask_BTS[:, None], cache, start_B, length_B)
 
     def _run(
         self,
@@ -105,10 +112,11 @@ class Llama3Backbone(keras.Model):
         mask_B1TS: Tensor,
         cache: Cache | None = None,
         start_B: Tensor | None = None,
+        length_B: Tensor | None = None,
         training: bool = False,
     ) -> tuple[Tensor, Cache]:
         x_BTD = self.embed_tokens.call(token_ids_BT)
-        rotary = self.rotary(positions_BT)
+        rotary = self.rotary(positions_BT, length_B)
         new_cache = []
         for i, block in enumerate(self.transformer_layers):
             layer_cache = None if cache is None else cache[i]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
@@ -14,7 +14,7 @@ from puna.backend.protocol import Tensor
 from puna.checkpoint.variable_names import tensor_name
 from puna.config import LlamaConfig
 from puna.decoding.loop import Decoder
-from puna.decoding.requests import Generation, answer
+from puna.decoding.requests import Generation, answer, stream
 from puna.errors import ConfigError, TokenizerError
 from puna.layers.cache import Cache
 from puna.layers.linear import Linear
@@ -129,7 +129,8 @@ class Llama3CausalLM(CausalLM):
         Returns:
             Float32 `[B, V]` or None, and the cache with the new tokens in it.
         """
-        x_BTD, cache = self.backbone.step(token_ids_BT, start_B, cache)
+        length_B = None if last_B is None else start_B + last_B + 1
+        x_BTD, cache = self.backbone.step(token_ids_BT, start_B, cache, length_B)
         if last_B is None:
             return None, cache
         x_B1D = ops.take_along_axis(x_BTD, ops.cast(last_B, "int32")[:, None, None], axis=1)
@@ -234,6 +235,40 @@ class Llama3CausalLM(CausalLM):
             sampler=self.sampler if sampler is None else samplers.get(sampler),
         )
         return answer(self._decoder, self.config, self.preprocessor, inputs, generation)
+
+    def stream(
+        self,
+        prompt: Any,
+        max_length: int | None = None,
+        stop_token_ids: Sequence[int] | str | None = "auto",
+        *,
+        max_new_tokens: int | None = None,
+        sampler: str | samplers.Sampler | None = None,
+    ) -> Iterator[str]:
+        """Continue one prompt, and give the completion in pieces as it is made.
+
+        The pieces joined are what `generate(..., strip_prompt=True)` returns; none ends within a
+        character. Closing the iterator stops the work.
+
+        Args:
+            prompt: a string, or token ids (1-D).
+            max_length, stop_token_ids, max_new_tokens, sampler: as in `generate`.
+
+        Yields:
+            Text, never empty.
+
+        Raises:
+            ContextLengthError: as `generate` raises.
+        """
+        generation = Generation(
+            max_length=max_length,
+            max_new_tokens=max_new_tokens,
+            stop_token_ids=stop_token_ids,
+            strip_prompt=True,
+            sampler=self.sampler if sampler is None else samplers.get(sampler),
+        )
+        preprocessor = self._require_preprocessor("preprocessor, which makes text of tokens")
+        return stream(self._decoder, self.config, preprocessor, prompt, generation)
 
     def fit(self, x: Any = None, y: Any = None, **kwargs: Any) -> Any:
         """Keras's `fit`, on strings too: a list or array, or a data set or generator of batches.
