@@ -198,7 +198,7 @@ class LlamaConfig:
             for name in ("bos_token_id", "eos_token_id")
             if name in hf and hf[name] is None
         }
-        dtype = hf.get("dtype", hf.get("torch_dtype"))
+        dtype = hf.get("dtype") or hf.get("torch_dtype")
         max_positions = kwargs.get("max_position_embeddings", cls.max_position_embeddings)
         return cls(
             **kwargs,
@@ -283,10 +283,14 @@ class LlamaConfig:
             )
         if self.head_size % 2:
             raise ConfigError(f"head_dim {self.head_dim} is odd; RoPE rotates pairs")
-        if self.hidden_act not in ACTIVATIONS:
+        if not isinstance(self.hidden_act, str) or self.hidden_act not in ACTIVATIONS:
             raise ConfigError(
                 f"hidden_act {self.hidden_act!r} is not known; known: {sorted(ACTIVATIONS)}"
             )
+        for name in ("rms_norm_eps", "attention_dropout", "initializer_range"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                raise ConfigError(f"{name} is {value!r}; expected a number")
         if not self.rms_norm_eps >= 0 or math.isinf(self.rms_norm_eps):
             raise ConfigError(f"rms_norm_eps {self.rms_norm_eps} is not a number ≥ 0")
         if not 0 <= self.attention_dropout < 1:

@@ -1,6 +1,6 @@
 """Rotary position embedding: how far each pair of features turns per position.
 
-The settings and the frequencies, as NumPy float64, with no Keras: `layers/rope.py` applies them.
+The settings and the frequencies, in NumPy, with no Keras: `layers/rope.py` applies them.
 Sources: RoPE, Su et al. 2021 (arXiv:2104.09864); dynamic NTK and YaRN, Peng et al. 2023
 (arXiv:2309.00071); Llama 3.1's scaling, Meta's reference code.
 """
@@ -23,15 +23,20 @@ _SETTINGS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     "linear": (frozenset({"factor"}), frozenset()),
     "dynamic": (frozenset({"factor"}), frozenset()),
     "llama3": (
-        frozenset({"factor", "low_freq_factor", "high_freq_factor"}),
-        frozenset({"original_max_position_embeddings"}),
-    ),
-    "yarn": (
-        frozenset({"factor"}),
         frozenset(
             {
-                "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow",
-                "mscale", "mscale_all_dim", "truncate",
+                "factor", "low_freq_factor", "high_freq_factor",
+                "original_max_position_embeddings",
+            }
+        ),
+        frozenset(),
+    ),
+    "yarn": (
+        frozenset({"factor", "original_max_position_embeddings"}),
+        frozenset(
+            {
+                "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
+                "truncate",
             }
         ),
     ),
@@ -65,10 +70,11 @@ class RopeConfig:
     truncate: bool | None = None
 
     def __post_init__(self):
-        if self.rope_type not in _SETTINGS:
+        if not isinstance(self.rope_type, str) or self.rope_type not in _SETTINGS:
             raise ConfigError(
                 f"RoPE type {self.rope_type!r} is not known; known: {sorted(_SETTINGS)}"
             )
+        self._check_types()
         if not self.rope_theta > 0:
             raise ConfigError(f"rope_theta is {self.rope_theta!r}; expected a number above 0")
         required, optional = _SETTINGS[self.rope_type]
@@ -82,6 +88,17 @@ class RopeConfig:
             raise ConfigError(f"the RoPE factor is {self.factor!r}; expected a number above 0")
         if self.rope_type == "llama3" and self.low_freq_factor == self.high_freq_factor:
             raise ConfigError("RoPE's low_freq_factor equals high_freq_factor; expected a band")
+
+    def _check_types(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name == "rope_type" or value is None:
+                continue
+            is_bool = isinstance(value, bool)
+            if field.name == "truncate" and not is_bool:
+                raise ConfigError(f"RoPE's truncate is {value!r}; expected true or false")
+            if field.name != "truncate" and (is_bool or not isinstance(value, int | float)):
+                raise ConfigError(f"RoPE's {field.name} is {value!r}; expected a number")
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any], *, max_position_embeddings: int) -> RopeConfig:
@@ -184,11 +201,16 @@ class RopeConfig:
             head_dim: head size, H.
 
         Returns:
-            float64 [H / 2]. For "dynamic", those of a context within the model's own; longer ones
+            float32 [H / 2]. For "dynamic", those of a context within the model's own; longer ones
             are stretched by `layers/rope.py`, which knows the length.
         """
-        exponents = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
-        frequencies = self.rope_theta**-exponents
+        # Rounded to float32 where the code that models were trained with rounds: the exact numbers
+        # are another angle at position 6,000, by enough to show in the logits.
+        exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+        frequencies = 1 / np.float32(self.rope_theta) ** exponents
+        return self._scaled(frequencies, head_dim).astype(np.float32)
+
+    def _scaled(self, frequencies: np.ndarray, head_dim: int) -> np.ndarray:
         if self.rope_type == "linear":
             return frequencies / (self.factor or 1.0)
         if self.rope_type == "llama3":
@@ -200,9 +222,9 @@ class RopeConfig:
     def _llama3(self, frequencies: np.ndarray) -> np.ndarray:
         """Slow the pairs that turn fewer than `low_freq_factor` times, and ramp to the others."""
         low, high = self.low_freq_factor or 0.0, self.high_freq_factor or 0.0
-        turns = (self.original_max_position_embeddings or 0) * frequencies / (2 * math.pi)
+        turns = (self.original_max_position_embeddings or 0) / (2 * math.pi / frequencies)
         keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
-        return frequencies * (keep + (1 - keep) / (self.factor or 1.0))
+        return (1 - keep) * frequencies / (self.factor or 1.0) + keep * frequencies
 
     def _yarn(self, frequencies: np.ndarray, head_dim: int) -> np.ndarray:
         """Keep the pairs that turn often, slow those that do not, and ramp between (section 3)."""
@@ -221,7 +243,7 @@ class RopeConfig:
             first, last = math.floor(first), math.ceil(last)
         first, last = max(first, 0), min(last, head_dim - 1)
         width = (last - first) or 0.001  # the reference avoids a division by zero in this way
-        slow = np.clip((np.arange(head_dim // 2) - first) / width, 0.0, 1.0)
+        slow = np.clip((np.arange(head_dim // 2, dtype=np.float32) - first) / width, 0.0, 1.0)
         return frequencies * (1 - slow) + frequencies / (self.factor or 1.0) * slow
 
 

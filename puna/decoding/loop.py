@@ -30,7 +30,12 @@ class StepModel(Protocol):
     variables: Sequence[Any]
 
     def step(
-        self, token_ids_BT: Tensor, start_B: Tensor, cache: Cache, last_B: Tensor | None
+        self,
+        token_ids_BT: Tensor,
+        start_B: Tensor,
+        cache: Cache,
+        last_B: Tensor | None,
+        length_B: Tensor | None = None,
     ) -> tuple[Tensor | None, Cache]:
         """Take T tokens more; logits `[B, V]` after token `last_B` of each row, if asked for."""
         ...
@@ -112,7 +117,7 @@ class Decoder:
             chosen_B, cache = step(
                 *_tensors(tokens_B[:, None], lengths_B),
                 cache,
-                *_tensors(np.zeros(B, np.int32), uniform.next(), *values),
+                *_tensors(lengths_B + 1, np.zeros(B, np.int32), uniform.next(), *values),
             )
             tokens_B = ops.convert_to_numpy(chosen_B)
             lengths_B = lengths_B + active_B
@@ -148,11 +153,11 @@ class Decoder:
             last_B = np.clip(lengths_B - 1 - start, 0, size - 1).astype(np.int32)
             inputs = _tensors(padded_BT[:, start : start + size], np.full(B, start, np.int32))
             if ends_here_B.any():
-                rest = _tensors(last_B, uniform_B, *values)
+                rest = _tensors(lengths_B, last_B, uniform_B, *values)
                 chosen_B, cache = self._step(form)(*inputs, cache, *rest)
                 tokens_B = np.where(ends_here_B, ops.convert_to_numpy(chosen_B), tokens_B)
             else:
-                _, cache = self._step(None)(*inputs, cache)
+                _, cache = self._step(None)(*inputs, cache, *_tensors(lengths_B))
         return tokens_B, cache
 
     def _step(self, form: Form | None) -> Callable[..., Any]:
@@ -165,8 +170,10 @@ class Decoder:
             self._steps[form] = backend.ops.compile_step(function, variables, donate=(2,))
         return self._steps[form]
 
-    def _fill(self, token_ids_BT: Tensor, start_B: Tensor, cache: Cache) -> tuple[None, Cache]:
-        _, cache = self._model.step(token_ids_BT, start_B, cache, None)
+    def _fill(
+        self, token_ids_BT: Tensor, start_B: Tensor, cache: Cache, length_B: Tensor
+    ) -> tuple[None, Cache]:
+        _, cache = self._model.step(token_ids_BT, start_B, cache, None, length_B)
         return None, cache
 
     def _chooser(self, form: Form) -> Callable[..., Any]:
@@ -174,11 +181,12 @@ class Decoder:
             token_ids_BT: Tensor,
             start_B: Tensor,
             cache: Cache,
+            length_B: Tensor,
             last_B: Tensor,
             uniform_B: Tensor,
             *values: Tensor,
         ) -> tuple[Tensor, Cache]:
-            logits_BV, cache = self._model.step(token_ids_BT, start_B, cache, last_B)
+            logits_BV, cache = self._model.step(token_ids_BT, start_B, cache, last_B, length_B)
             return choose(form, logits_BV, uniform_B, SamplingValues(*values)), cache
 
         return step

@@ -10,7 +10,7 @@ import numpy as np
 
 from puna.config import LlamaConfig
 from puna.decoding.loop import Decoder, Prompt
-from puna.errors import ContextLengthError, TokenizerError
+from puna.errors import ConfigError, ContextLengthError, TokenizerError
 from puna.samplers import Sampler
 from puna.text.inputs import as_ids, holds_ids
 from puna.text.preprocessor import CausalLMPreprocessor, unpadded
@@ -25,6 +25,12 @@ class Generation:
     stop_token_ids: Sequence[int] | str | None
     strip_prompt: bool
     sampler: Sampler
+
+    def __post_init__(self):
+        for name in ("max_length", "max_new_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ConfigError(f"{name} is {value}; expected a number of tokens ≥ 0, or None")
 
 
 def answer(
@@ -105,6 +111,8 @@ def _read(
 
     def as_text(finished: _Rows) -> Any:
         assert preprocessor is not None
+        if not finished:
+            return []
         rows = [row.tolist() for row in finished]
         return one_or_all(preprocessor.tokenizer.detokenize(rows, skip_special_tokens=True))
 
@@ -138,7 +146,7 @@ def _prompt(
             raise ContextLengthError(
                 f"max_length is {generation.max_length}; the model's context is {limit} tokens"
             )
-        limit, whose = generation.max_length, "max_length, which counts the prompt"
+        limit, whose = generation.max_length, "max_length (which counts the prompt)"
     elif (
         generation.max_new_tokens is None
         and preprocessor is not None

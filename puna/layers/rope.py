@@ -22,29 +22,37 @@ class RotaryEmbedding:
         self.rope = rope
         self.head_dim = head_dim
         self.max_position_embeddings = max_position_embeddings
-        self.frequencies = rope.inverse_frequencies(head_dim).astype(np.float32)
+        self.frequencies = rope.inverse_frequencies(head_dim)
 
-    def __call__(self, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines in float32, each `[B, 1, T, H / 2]`."""
+    def __call__(
+        self, positions_BT: Tensor, length_B: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Cosines and sines in float32, each `[B, 1, T, H / 2]`.
+
+        `length_B` is how many tokens each row has, where padding takes positions too; dynamic
+        scaling goes by it.
+        """
         positions_BT1 = ops.cast(positions_BT, "float32")[:, :, None]
         if self.rope.rope_type == "dynamic":
-            angles_BTh = positions_BT1 * self._dynamic_frequencies(positions_BT)
+            frequencies = self._dynamic_frequencies(positions_BT, length_B)
         else:
-            angles_BTh = positions_BT1 * self.frequencies
+            frequencies = self.frequencies
+        angles_BTh = ops.multiply(positions_BT1, frequencies)
         scaling = self.rope.attention_scaling
         cos, sin = ops.cos(angles_BTh) * scaling, ops.sin(angles_BTh) * scaling
         return cos[:, None], sin[:, None]
 
-    def _dynamic_frequencies(self, positions_BT: Tensor) -> Tensor:
+    def _dynamic_frequencies(self, positions_BT: Tensor, length_B: Tensor | None) -> Tensor:
         """Frequencies `[B, 1, H / 2]` whose base grows with each row's own length."""
         H, context = self.head_dim, self.max_position_embeddings
         factor = self.rope.factor or 1.0
-        length_B = ops.cast(ops.max(positions_BT, axis=1) + 1, "float32")
-        length_B = ops.maximum(length_B, float(context))
-        growth_B = factor * length_B / context - (factor - 1)
-        log_base_B = np.log(self.rope.rope_theta) + ops.log(growth_B) * (H / (H - 2))
-        exponents = np.arange(0, H, 2, dtype=np.float32) / H
-        return ops.exp(-log_base_B[:, None, None] * exponents)
+        if length_B is None:
+            length_B = ops.max(positions_BT, axis=1) + 1
+        served_B: Tensor = ops.maximum(ops.cast(length_B, "float32"), float(context))
+        growth_B = factor * served_B / context - (factor - 1)
+        base_B = self.rope.rope_theta * growth_B ** (H / (H - 2))
+        exponents = np.arange(0, H, 2, dtype=np.float32) / np.float32(H)
+        return 1.0 / ops.power(base_B[:, None, None], exponents)
 
 
 def rotate(x_BNTH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
