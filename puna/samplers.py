@@ -9,6 +9,7 @@ choice on every backend.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -45,7 +46,7 @@ class Sampler:
     seed: int | None = None
 
     def __post_init__(self):
-        if not self.temperature >= 0:
+        if not 0 <= self.temperature < math.inf:
             raise ConfigError(f"temperature is {self.temperature}; expected a number ≥ 0")
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -81,9 +82,9 @@ def save_directory(
         )
         if tokenizer is not None:
             tokenizer.save(work)
-        _write_json(
-            work / "config.json", config.to_hf() | {"dtype": dtypes[-1], "torch_dtype": dtypes[-1]}
-        )
+        # The configuration's own dtype is of the files that it was read from, if any.
+        shape = dataclasses.replace(config, dtype=None).to_hf()
+        _write_json(work / "config.json", shape | {"dtype": dtypes[-1], "torch_dtype": dtypes[-1]})
         _write_json(
             work / "generation_config.json", _generation_config(generation_config, config, stops)
         )

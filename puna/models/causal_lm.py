@@ -35,17 +35,20 @@ class CausalLM(keras.Model):
         dtype: Any = None,
         *,
         revision: str | None = None,
+        adapter: str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ) -> Llama3CausalLM:
         """A model from a checkpoint, converted on the fly.
 
         Args:
-            preset: a directory in Hugging Face's layout, a `.gguf` file, `hf://org/name[@revision]`
-                or a name of `puna.checkpoint.hub.PRESETS`.
+            preset: a directory in Hugging Face's, Meta's or keras-hub's layout, or of a PEFT
+                adapter, which names its base; a `.gguf` or `.safetensors` file;
+                `hf://org/name[/file][@revision]`; or a name of `puna.checkpoint.hub.PRESETS`.
             load_weights: False makes random weights of the same shape.
             dtype: a dtype's name or a Keras dtype policy; None means the checkpoint's own dtype,
                 and float32 for quantized GGUF files.
             revision: a branch, tag or commit of the Hub, where the address names none.
+            adapter: the directory or address of a PEFT adapter, merged into the weights.
             **kwargs: `preprocessor=None` leaves out the tokenizer; anything else goes to the
                 constructor.
 
@@ -55,7 +58,9 @@ class CausalLM(keras.Model):
         """
         from puna.models.presets import load_causal_lm
 
-        return load_causal_lm(Llama3CausalLM, preset, load_weights, dtype, revision, kwargs)
+        return load_causal_lm(
+            Llama3CausalLM, preset, load_weights, dtype, revision, adapter, kwargs
+        )
 
 
 @keras.saving.register_keras_serializable(package="puna")
@@ -69,6 +74,8 @@ class Llama3CausalLM(CausalLM):
         backbone: a `Llama3Backbone`.
         preprocessor: turns strings into arrays; None leaves arrays to the caller.
         name: the model's name.
+        generation_config: the contents of the checkpoint's `generation_config.json`, kept for
+            `save_to_preset`.
     """
 
     def __init__(
@@ -76,14 +83,15 @@ class Llama3CausalLM(CausalLM):
         backbone: Llama3Backbone,
         preprocessor: Llama3CausalLMPreprocessor | None = None,
         *,
-        name: str | None = None,
+        name: str = "llama3_causal_lm",
         trainable: bool = True,
+        generation_config: dict[str, Any] | None = None,
     ):
         super().__init__(dtype=backbone.dtype_policy, name=name, trainable=trainable)
         self.backbone = backbone
         self.preprocessor = preprocessor
         self.sampler: samplers.Sampler = samplers.TopKSampler(k=5)
-        self.generation_config: dict[str, Any] = {}
+        self.generation_config: dict[str, Any] = dict(generation_config or {})
         self.lm_head = None
         if not self.config.tie_word_embeddings:
             self.lm_head = Linear(
@@ -116,7 +124,12 @@ class Llama3CausalLM(CausalLM):
         return self._logits(self.backbone(inputs, training=training))
 
     def step(
-        self, token_ids_BT: Tensor, start_B: Tensor, cache: Cache, last_B: Tensor | None
+        self,
+        token_ids_BT: Tensor,
+        start_B: Tensor,
+        cache: Cache,
+        last_B: Tensor | None,
+        length_B: Tensor | None = None,
     ) -> tuple[Tensor | None, Cache]:
         """T tokens more of each row, with a cache; logits of one position of each row at most.
 
@@ -125,11 +138,14 @@ class Llama3CausalLM(CausalLM):
             start_B: int [B], the position of each row's first new token.
             cache: from `puna.layers.cache.empty_cache` or an earlier step; it is consumed.
             last_B: int [B], the places in 0..T-1 whose logits are wanted; None wants none.
+            length_B: int [B], each row's tokens in all, later chunks of its prompt counted in, by
+                which dynamic RoPE scaling goes; None means up to `last_B`, or all T.
 
         Returns:
             Float32 `[B, V]` or None, and the cache with the new tokens in it.
         """
-        length_B = None if last_B is None else start_B + last_B + 1
+        if length_B is None and last_B is not None:
+            length_B = start_B + last_B + 1
         x_BTD, cache = self.backbone.step(token_ids_BT, start_B, cache, length_B)
         if last_B is None:
             return None, cache
@@ -226,6 +242,8 @@ class Llama3CausalLM(CausalLM):
 
         Raises:
             ContextLengthError: a prompt is longer than `max_length` or than the model's context.
+            ConfigError: a length is negative, or the sampler is not known.
+            TokenizerError: a prompt has no tokens, or ids that the model does not have.
         """
         generation = Generation(
             max_length=max_length,
@@ -279,6 +297,8 @@ class Llama3CausalLM(CausalLM):
         self._check_trainable_dtype()
         self._compile_if_needed()
         with self._preprocessed(x, y, kwargs) as data:
+            if contains_text(x) and not isinstance(data["x"], dict):
+                data.setdefault("shuffle", False)  # a data set has its own order; Keras warns else
             return super().fit(**data)
 
     def evaluate(self, x: Any = None, y: Any = None, **kwargs: Any) -> Any:
@@ -338,6 +358,7 @@ class Llama3CausalLM(CausalLM):
             "preprocessor": serialize(self.preprocessor),
             "name": self.name,
             "trainable": self.trainable,
+            "generation_config": dict(self.generation_config),
         }
 
     @classmethod

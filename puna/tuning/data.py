@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterator
+from types import GeneratorType
 from typing import Any
 
 import keras
 import numpy as np
 from rich.console import Console
-
-from puna.decoding import ladder
 
 
 def contains_text(data: Any) -> bool:
@@ -56,14 +56,13 @@ class Preprocessed:
         if self._preprocessor is not None:
             self._cut = self._preprocessor.truncated_count
         data = self._data
-        if contains_text(data["x"]):
+        data["x"], is_text = _look(data["x"])
+        if is_text:
             self._refuse_beside_text(data)
             data |= self._named(self._converted(data["x"]))
-        validation = data.get("validation_data")
-        texts = validation[0] if isinstance(validation, tuple) and validation else validation
-        if contains_text(texts):
-            converted = self._converted(texts)
-            data["validation_data"] = converted
+        if data.get("validation_data") is not None:
+            validation, is_text = _look(data["validation_data"])
+            data["validation_data"] = self._converted(validation) if is_text else validation
         return data
 
     def __exit__(self, *exception: Any) -> None:
@@ -93,8 +92,11 @@ class Preprocessed:
 
     def _converted(self, texts: Any) -> Any:
         """Arrays for texts in memory; a data set of arrays for a data set of texts."""
+        if isinstance(texts, GeneratorType):
+            return (_as_tuple(self._full_arrays(batch)) for batch in texts)
         if isinstance(texts, (str, bytes)):
             texts = [texts]
+        texts = _without_tuple(texts)
         if isinstance(texts, (list, tuple, np.ndarray)):
             return self._arrays(list(texts))
         if isinstance(texts, keras.utils.PyDataset):
@@ -105,12 +107,39 @@ class Preprocessed:
         """As long as the longest text needs, which changes neither loss nor gradient."""
         x, y, weight = self._preprocessor(texts)
         longest = int(x["padding_mask"].sum(axis=1).max())
-        T = min(ladder.capacity(longest), x["padding_mask"].shape[1])
+        # One size for all batches, so one compiled step; a multiple of 16 suits vector units.
+        T = min(-(-longest // 16) * 16, x["padding_mask"].shape[1])
         return {name: array[:, :T] for name, array in x.items()}, y[:, :T], weight[:, :T]
 
-    def _full_arrays(self, texts: Any) -> Any:
-        x, y, weight = self._preprocessor(texts)
+    def _full_arrays(self, batch: Any) -> Any:
+        x, y, weight = self._preprocessor(_without_tuple(batch))
         return (x, y, weight) if self._labels else x
+
+
+def _look(data: Any) -> tuple[Any, bool]:
+    """The data, and whether it is text; a generator's first batch is looked at and put back."""
+    if not isinstance(data, GeneratorType):
+        return data, contains_text(data)
+    ahead = list(itertools.islice(data, 1))
+
+    def again() -> Iterator[Any]:
+        yield from ahead
+        yield from data
+
+    return again(), bool(ahead) and contains_text(ahead[0])
+
+
+def _without_tuple(data: Any) -> Any:
+    """The texts of `(texts,)`, as Keras writes inputs without labels; a tuple of texts as it is."""
+    if isinstance(data, tuple) and data and not isinstance(data[0], (str, bytes)):
+        if any(rest is not None for rest in data[1:]):
+            raise ValueError("labels or weights were given beside texts, which bring their own")
+        return data[0]
+    return data
+
+
+def _as_tuple(arrays: Any) -> tuple[Any, ...]:
+    return arrays if isinstance(arrays, tuple) else (arrays,)
 
 
 class _MappedPyDataset(keras.utils.PyDataset):

@@ -1,0 +1,304 @@
+"""A Hugging Face Hub on loopback, for the real `huggingface_hub` client: what downloads need of it.
+
+    with HubServer() as hub:
+        hub.add("org/name", directory)
+        subprocess.run([...], env=hub.environment(home))
+        assert hub.downloads["model.safetensors"] == 1
+
+The client reads `HF_ENDPOINT` when it is imported, so clients run in processes of their own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+import urllib.parse
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Literal
+
+# The Hub keeps files of at least this size, and all weights, in its large-file storage.
+LFS_SIZE = 10_000_000
+LFS_SUFFIXES = (".safetensors", ".gguf", ".pth", ".bin", ".onnx", ".h5")
+
+Access = Literal["public", "private", "gated"]
+
+
+@dataclass
+class Repository:
+    """A model repository.
+
+    Args:
+        revisions: the directory of each branch or tag.
+        access: "private" hides it from those without a token; "gated" shows what there is, and
+            gives files to nobody without.
+        tokens: the tokens that may read it.
+    """
+
+    revisions: dict[str, Path]
+    access: Access = "public"
+    tokens: frozenset[str] = frozenset()
+    commits: dict[str, Path] = field(default_factory=dict)
+
+    def resolve(self, revision: str) -> tuple[str, Path] | None:
+        """The commit and the directory of a branch, tag or commit; None where there is none."""
+        directory = self.revisions.get(revision)
+        if directory is None:
+            found = self.commits.get(revision)
+            return None if found is None else (revision, found)
+        commit = _commit(directory)
+        self.commits[commit] = directory
+        return commit, directory
+
+
+class Refusal(Exception):
+    """An answer that is an error."""
+
+    def __init__(self, status: int, code: str = "", message: str = ""):
+        super().__init__(message)
+        self.status, self.code, self.message = status, code, message
+
+
+class HubServer:
+    """The server, running between `__enter__` and `__exit__`.
+
+    Attributes:
+        requests: how often each (method, path) was asked for.
+        downloads: how often the content of each file was asked for, by its path in its repository.
+    """
+
+    def __init__(self):
+        self.repositories: dict[str, Repository] = {}
+        self.requests: Counter[tuple[str, str]] = Counter()
+        self.downloads: Counter[str] = Counter()
+        self.lock = threading.Lock()
+        handler = type("Handler", (_Handler,), {"hub": self})
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self._server.daemon_threads = True
+
+    @property
+    def url(self) -> str:
+        host, port = self._server.server_address[:2]
+        return f"http://{host}:{port}"
+
+    def add(
+        self,
+        repository: str,
+        directory: Path,
+        *,
+        revision: str = "main",
+        access: Access = "public",
+        tokens: tuple[str, ...] = (),
+    ) -> str:
+        """Serve a directory as a revision of a repository; its commit's id."""
+        repo = self.repositories.setdefault(repository, Repository({}))
+        repo.revisions[revision] = directory
+        repo.access, repo.tokens = access, frozenset(tokens)
+        found = repo.resolve(revision)
+        assert found is not None
+        return found[0]
+
+    def environment(self, home: Path, **more: str) -> dict[str, str]:
+        """Variables for a client's process, with a cache of its own and no token."""
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+        return kept | {
+            "HF_ENDPOINT": self.url,
+            "HF_HOME": str(home),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "NO_PROXY": "127.0.0.1",
+            **more,
+        }
+
+    def forget(self) -> None:
+        """Count from 0 again."""
+        with self.lock:
+            self.requests.clear()
+            self.downloads.clear()
+
+    def __enter__(self) -> HubServer:
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: HubServer
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self._answer()
+
+    def do_GET(self) -> None:
+        self._answer()
+
+    def _answer(self) -> None:
+        path = urllib.parse.urlsplit(self.path).path
+        with self.hub.lock:
+            self.hub.requests[self.command, path] += 1
+        try:
+            # A revision may hold an escaped "/", so the parts are unescaped after they are split.
+            parts = [urllib.parse.unquote(part) for part in path.strip("/").split("/")]
+            if parts[:2] == ["api", "models"] and len(parts) >= 4:
+                self._api("/".join(parts[2:4]), parts[4:])
+            elif len(parts) >= 5 and parts[2] == "resolve":
+                self._file("/".join(parts[:2]), parts[3], "/".join(parts[4:]))
+            else:
+                raise Refusal(404, "", "Not Found")
+        except Refusal as refusal:
+            self._refuse(refusal)
+
+    # The two kinds of question
+
+    def _api(self, name: str, rest: list[str]) -> None:
+        """`/api/models/{id}[/revision/{rev}]` and `/api/models/{id}/tree/{rev}`."""
+        repository = self._repository(name)
+        kind, revision = (rest[0], rest[1]) if len(rest) >= 2 else ("revision", "main")
+        commit, directory = self._revision(repository, revision)
+        files = _files(directory)
+        if kind == "tree":
+            self._json([_tree_entry(file, path) for file, path in files.items()])
+        elif kind == "revision":
+            self._json(
+                {
+                    "id": name,
+                    "modelId": name,
+                    "sha": commit,
+                    "private": repository.access == "private",
+                    "gated": "manual" if repository.access == "gated" else False,
+                    "siblings": [{"rfilename": file} for file in files],
+                    "tags": [],
+                }
+            )
+        else:
+            raise Refusal(404, "", f"no such question: {kind}")
+
+    def _file(self, name: str, revision: str, file: str) -> None:
+        """`/{id}/resolve/{rev}/{file}`, whole or from a byte on."""
+        repository = self._repository(name)
+        if repository.access == "gated" and self._token() not in repository.tokens:
+            status = 401 if self._token() is None else 403
+            raise Refusal(status, "GatedRepo", f"Access to model {name} is restricted.")
+        commit, directory = self._revision(repository, revision)
+        path = _files(directory).get(file)
+        if path is None:
+            raise Refusal(404, "EntryNotFound", "Entry not found")
+        if self.command == "GET":
+            with self.hub.lock:
+                self.hub.downloads[file] += 1
+        size = path.stat().st_size
+        start, end = self._range(size)
+        entry = _tree_entry(file, path)
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{entry["oid"]}"', "Accept-Ranges": "bytes"}
+        if "lfs" in entry:
+            headers |= {"X-Linked-Etag": f'"{entry["lfs"]["oid"]}"', "X-Linked-Size": str(size)}
+        if (start, end) != (0, size):
+            headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
+        self._send(206 if "Content-Range" in headers else 200, headers, path, start, end)
+
+    # Who may see what
+
+    def _token(self) -> str | None:
+        scheme, _, token = self.headers.get("Authorization", "").partition(" ")
+        return token if scheme == "Bearer" else None
+
+    def _repository(self, name: str) -> Repository:
+        token, repository = self._token(), self.hub.repositories.get(name)
+        known = {token for repo in self.hub.repositories.values() for token in repo.tokens}
+        if token is not None and token not in known:
+            raise Refusal(401, "", "Invalid credentials in Authorization header")
+        hidden = repository is not None and repository.access == "private"
+        if repository is None or (hidden and token not in repository.tokens):
+            # The Hub does not tell a stranger whether it is missing or hidden.
+            raise Refusal(401 if token is None else 404, "RepoNotFound", "Repository not found")
+        return repository
+
+    def _revision(self, repository: Repository, revision: str) -> tuple[str, Path]:
+        found = repository.resolve(revision)
+        if found is None:
+            raise Refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        return found
+
+    def _range(self, size: int) -> tuple[int, int]:
+        """The bytes that are asked for."""
+        unit, _, span = self.headers.get("Range", "").partition("=")
+        if unit != "bytes":
+            return 0, size
+        first, _, last = span.partition("-")
+        start, end = int(first), int(last) + 1 if last else size
+        if start >= size:
+            raise Refusal(416, "", "Range not satisfiable")
+        return start, min(end, size)
+
+    # Sending
+
+    def _json(self, value: object) -> None:
+        body = json.dumps(value).encode()
+        self._head(200, {"Content-Type": "application/json", "Content-Length": str(len(body))})
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def _send(
+        self, status: int, headers: Mapping[str, str], path: Path, start: int, end: int
+    ) -> None:
+        self._head(status, {**headers, "Content-Length": str(end - start)})
+        if self.command == "HEAD":
+            return
+        with path.open("rb") as file:
+            file.seek(start)
+            left = end - start
+            while left and (block := file.read(min(left, 1 << 20))):
+                self.wfile.write(block)
+                left -= len(block)
+
+    def _refuse(self, refusal: Refusal) -> None:
+        body = json.dumps({"error": refusal.message}).encode()
+        headers = {"Content-Type": "application/json", "Content-Length": str(len(body))}
+        if refusal.code:
+            headers["X-Error-Code"] = refusal.code
+        headers["X-Error-Message"] = refusal.message
+        self._head(refusal.status, headers)
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def _head(self, status: int, headers: Mapping[str, str]) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+
+def _files(directory: Path) -> dict[str, Path]:
+    """The files of a directory by their paths in it."""
+    found = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {path.relative_to(directory).as_posix(): path for path in found}
+
+
+def _tree_entry(file: str, path: Path) -> dict:
+    """A file as `/tree` lists it."""
+    size = path.stat().st_size
+    entry = {"type": "file", "path": file, "size": size, "oid": _digest(path, "sha1")}
+    if size >= LFS_SIZE or file.endswith(LFS_SUFFIXES):
+        entry["lfs"] = {"oid": _digest(path, "sha256"), "size": size, "pointerSize": 134}
+    return entry
+
+
+def _commit(directory: Path) -> str:
+    """An id like a commit's, made from all that the directory holds."""
+    state = "\n".join(f"{name} {_digest(path, 'sha1')}" for name, path in _files(directory).items())
+    return hashlib.sha1(state.encode()).hexdigest()
+
+
+def _digest(path: Path, algorithm: str) -> str:
+    return hashlib.new(algorithm, path.read_bytes()).hexdigest()
