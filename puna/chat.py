@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -112,7 +112,7 @@ class ChatState:
         """
         return "".join(self.stream_message(message, prefill=prefill))
 
-    def stream_message(self, message: str, *, prefill: str = "") -> Iterator[str]:
+    def stream_message(self, message: str, *, prefill: str = "") -> Generator[str, None, None]:
         """As `send_message`, in pieces as the answer is made.
 
         Where the iterator is closed, or the user interrupts, the turn is kept with what was said.
@@ -130,7 +130,7 @@ class ChatState:
             return []
         return parse_tool_calls(self.history[-1]["content"])
 
-    def _answer(self, turns: list[Message], prefill: str) -> Iterator[str]:
+    def _answer(self, turns: list[Message], prefill: str) -> Generator[str, None, None]:
         turns, prompt, dropped = self._fitting(turns, prefill)
         said: list[str] = []
 

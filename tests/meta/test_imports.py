@@ -23,6 +23,8 @@ ORDER = [
     "models",
     "chat",
     "testing",
+    "cli",
+    "__main__",
 ]
 
 # Only these may name a backend's library; everything else goes through keras.ops.

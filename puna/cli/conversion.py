@@ -1,0 +1,208 @@
+"""A checkpoint's tensors streamed into a Hugging Face directory: no model and no Keras."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import functools
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from puna.checkpoint.preset import SETTINGS_FILE, Preset
+from puna.checkpoint.safetensors import TensorSpec, write_sharded
+from puna.checkpoint.source import TensorSource
+from puna.cli import terminal
+from puna.cli.opened import NO_PARAMETERS, tokenizer_of
+from puna.config import LlamaConfig
+from puna.errors import PresetError, TokenizerError
+from puna.text.tokenizer import Tokenizer
+
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def write_hf(opened: Preset, directory: Path, dtype: str | None) -> tuple[int, int]:
+    """Write an opened preset as a Hugging Face directory, all of it or nothing.
+
+    Args:
+        opened: the preset.
+        directory: where to: empty, or not there.
+        dtype: of all tensors; None means the one that the preset would be run in.
+
+    Returns:
+        How many weight files were written, and their bytes.
+
+    Raises:
+        PresetError: the tensors are not those of the configuration, or the directory cannot be
+            written.
+        ConfigError: the configuration asks for what is not computed.
+    """
+    config = LlamaConfig.from_hf(opened.config)
+    source = opened.tensors()
+    try:
+        dtype = dtype or opened.default_dtype(source)
+        target = np.dtype(getattr(ml_dtypes, dtype, dtype))
+        stored = _stored_names(config, source)
+        tokenizer = _tokenizer(opened)
+        stream = _Stream(source, target)
+        specs = [
+            TensorSpec(
+                name, source.info(theirs).shape, target, functools.partial(stream.read, theirs)
+            )
+            for name, theirs in stored.items()
+        ]
+        with _appearing(directory) as work:
+            files = write_sharded(work, specs)
+            if tokenizer is not None:
+                tokenizer.save(work)
+            said = config.to_hf() | {"dtype": dtype, "torch_dtype": dtype}
+            _write_json(work / "config.json", said)
+            _write_json(work / "generation_config.json", _generation(opened, config, tokenizer))
+            if opened.settings:
+                _write_json(work / SETTINGS_FILE, opened.settings)
+            weights = [file for file in files if file.suffix == ".safetensors"]
+            return len(weights), sum(file.stat().st_size for file in weights)
+    finally:
+        source.close()
+
+
+def expected_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """The tensors of a Llama of this shape, in the order in which the model uses them."""
+    D, F, V = config.hidden_size, config.intermediate_size, config.vocab_size
+    Q, KV = config.num_attention_heads * config.head_size, config.num_kv_heads * config.head_size
+    attention = {"q_proj": (Q, D), "k_proj": (KV, D), "v_proj": (KV, D), "o_proj": (D, Q)}
+    mlp = {"gate_proj": (F, D), "up_proj": (F, D), "down_proj": (D, F)}
+    shapes: dict[str, tuple[int, ...]] = {_EMBEDDING: (V, D)}
+    for i in range(config.num_hidden_layers):
+        layer = f"model.layers.{i}"
+        shapes[f"{layer}.input_layernorm.weight"] = (D,)
+        for part, matrices, biased in (
+            ("self_attn", attention, config.attention_bias),
+            ("mlp", mlp, config.mlp_bias),
+        ):
+            for name, shape in matrices.items():
+                shapes[f"{layer}.{part}.{name}.weight"] = shape
+                if biased:
+                    shapes[f"{layer}.{part}.{name}.bias"] = shape[:1]
+            if part == "self_attn":
+                shapes[f"{layer}.post_attention_layernorm.weight"] = (D,)
+    shapes["model.norm.weight"] = (D,)
+    if not config.tie_word_embeddings:
+        shapes[_HEAD] = (V, D)
+    return shapes
+
+
+def _stored_names(config: LlamaConfig, source: TensorSource) -> dict[str, str]:
+    """Each expected tensor's name to the file's; every tensor of the file is accounted for."""
+    names = set(source.names())
+    bare = not any(name.startswith("model.") for name in names)  # a backbone's file
+    shapes = expected_shapes(config)
+    stored = {name: name.removeprefix("model.") if bare else name for name in shapes}
+    if missing := [name for name, theirs in stored.items() if theirs not in names]:
+        raise PresetError(f"the checkpoint lacks {_some(missing)}; expected {len(shapes)} in all")
+    for name, theirs in stored.items():
+        if (shape := source.info(theirs).shape) != shapes[name]:
+            raise PresetError(
+                f"{name} has shape {shape}, and config.json asks for {shapes[name]}; the files are "
+                "of different checkpoints: fetch them together again"
+            )
+    left = sorted(names - set(stored.values()))
+    left = [n for n in left if not any(fnmatch.fnmatch(n, pattern) for pattern in NO_PARAMETERS)]
+    if _HEAD in left and config.tie_word_embeddings:
+        _check_tied(source, stored[_EMBEDDING])
+        left.remove(_HEAD)
+    if left:
+        raise PresetError(f"the checkpoint holds tensors that a Llama does not: {_some(left)}")
+    return stored
+
+
+def _check_tied(source: TensorSource, embedding: str) -> None:
+    head, table = source.read(_HEAD), source.read(embedding)
+    same = head.dtype == table.dtype and np.array_equal(head.view(np.uint8), table.view(np.uint8))
+    del head, table
+    source.release(_HEAD)
+    source.release(embedding)
+    if not same:
+        raise PresetError(
+            f"config.json says tie_word_embeddings, but {_HEAD} differs from {_EMBEDDING}; set it "
+            "to false there if the head is its own"
+        )
+
+
+class _Stream:
+    """A checkpoint's tensors, one at a time: the pages of one are let go when the next is read."""
+
+    def __init__(self, source: TensorSource, dtype: np.dtype):
+        self._source = source
+        self._dtype = dtype
+        self._last: str | None = None
+
+    def read(self, name: str) -> np.ndarray:
+        """A tensor in the dtype to write."""
+        if self._last is not None:
+            self._source.release(self._last)
+        self._last = name
+        array = self._source.read(name)
+        if array.dtype == self._dtype:
+            return array
+        with np.errstate(over="ignore"):  # beyond float16's range is infinite, as everywhere
+            return array.astype(self._dtype)
+
+
+def _tokenizer(opened: Preset) -> Tokenizer | None:
+    try:
+        return tokenizer_of(opened)
+    except TokenizerError as error:
+        terminal.note(f"no tokenizer is written: {error}")
+        return None
+
+
+def _generation(opened: Preset, config: LlamaConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    stops = list(config.eos_token_ids if tokenizer is None else tokenizer.stop_token_ids)
+    ids = {"bos_token_id": config.bos_token_id, "pad_token_id": config.pad_token_id}
+    said = ids | opened.generation_config
+    said["eos_token_id"] = stops[0] if len(stops) == 1 else stops or None
+    return {name: value for name, value in said.items() if value is not None}
+
+
+@contextlib.contextmanager
+def _appearing(directory: Path) -> Iterator[Path]:
+    """A scratch directory beside `directory`, which it becomes if the scope ends well."""
+    directory = directory.expanduser().absolute()
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise PresetError(
+            f"{directory} is there and is not an empty directory; give another --out, or empty it"
+        )
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent)
+    except OSError as error:
+        raise PresetError(f"{directory} cannot be written: {error.strerror or error}") from error
+    try:
+        work = Path(scratch) / directory.name  # made inside, so that it has ordinary permissions
+        work.mkdir()
+        yield work
+        if directory.exists():
+            directory.rmdir()
+        work.rename(directory)
+    except OSError as error:
+        raise PresetError(
+            f"writing {directory} failed ({error.strerror or error}); nothing was left there"
+        ) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _some(names: list[str], most: int = 4) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
