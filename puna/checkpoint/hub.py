@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from puna.checkpoint.hub_files import SMALL, WEIGHTS, needed
 from puna.errors import PresetError
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 SCHEME = "hf://"
 
@@ -36,21 +42,8 @@ PRESETS: dict[str, str] = {
     "smollm2_instruct_1.7b": "hf://HuggingFaceTB/SmolLM2-1.7B-Instruct",
 }
 
-# What a preset needs. Repositories also hold `original/*.pth`, ONNX and other copies of the same
-# weights in folders of their own, which these patterns of the top folder leave where they are.
-_SMALL: tuple[str, ...] = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "additional_chat_templates/*.jinja",
-    "puna.json",
-)
-_INDEX = "model.safetensors.index.json"
-_WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", _INDEX)
+# What an address may name in a repository.
+_FILES = (".gguf", ".safetensors")
 
 
 def locate(
@@ -59,8 +52,8 @@ def locate(
     """The directory or file of a preset on this machine, fetched first where it is an address.
 
     Args:
-        preset: a directory, a `.gguf` file, `hf://org/name`, `hf://org/name@revision`, or a name
-            of `PRESETS`.
+        preset: a directory, a `.gguf` or `.safetensors` file, `hf://org/name[@revision]`,
+            `hf://org/name/file.gguf[@revision]` (or `.safetensors`), or a name of `PRESETS`.
         weights: whether the weights are needed; else only the small files are fetched.
         revision: a branch, tag or commit, where the address names none.
 
@@ -80,8 +73,8 @@ def locate(
         raise PresetError(f"the address {text!r} has an unknown scheme; expected hf://org/name")
     hint = f" For the Hub write {SCHEME}{text}." if text.count("/") == 1 else ""
     raise PresetError(
-        f"there is no preset {text!r}; expected a directory, a .gguf file, {SCHEME}org/name, or "
-        f"one of: {', '.join(PRESETS)}.{hint}"
+        f"there is no preset {text!r}; expected a directory, a .gguf or .safetensors file, "
+        f"{SCHEME}org/name, or one of: {', '.join(PRESETS)}.{hint}"
     )
 
 
@@ -97,22 +90,37 @@ def parse_address(address: str) -> tuple[str, str | None]:
     return repository, revision or None
 
 
+def parse_file_address(address: str) -> tuple[str, str | None, str | None]:
+    """`hf://org/name[/file][@revision]` as the repository's id, the revision and the file.
+
+    >>> parse_file_address("hf://org/name/small.gguf@main")
+    ('org/name', 'main', 'small.gguf')
+    """
+    path, at, revision = address.removeprefix(SCHEME).partition("@")
+    parts = path.split("/")
+    if len(parts) < 3 or not path.endswith(_FILES):
+        return *parse_address(address), None
+    return *parse_address(SCHEME + "/".join(parts[:2]) + at + revision), "/".join(parts[2:])
+
+
 def _fetch(address: str, *, weights: bool, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
-    repository, in_address = parse_address(address)
+    repository, in_address, file = parse_file_address(address)
     revision = in_address or revision
-    patterns: list[str] = [*_SMALL, *(_WEIGHTS if weights else ())]
     at = f" at revision {revision!r}" if revision else ""
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+        patterns = _patterns(HfApi(), repository, revision, weights=weights, file=file)
+        path = snapshot_download(repository, revision=revision, allow_patterns=patterns)
+        return _file_in(Path(path), file, address)
     except GatedRepoError as error:
         raise PresetError(
             f"{address} is gated; accept its terms at https://huggingface.co/{repository} and set "
@@ -130,5 +138,67 @@ def _fetch(address: str, *, weights: bool, revision: str | None) -> Path:
             f"{address}{at} is not in the cache and the Hub cannot be reached; go online once, or "
             "give a local directory"
         ) from error
+    except HFValidationError as error:
+        raise PresetError(f"{address} is no name that the Hub allows: {_line(error)}") from error
     except HfHubHTTPError as error:
-        raise PresetError(f"the Hub did not give {address}{at}: {error}") from error
+        if error.response.status_code == 401:
+            raise PresetError(
+                f"the Hub does not know the token that {address} was asked for with; set HF_TOKEN "
+                "to a valid one of https://huggingface.co/settings/tokens, or unset it"
+            ) from error
+        raise PresetError(
+            f"the Hub did not give {address}{at} ({_line(error)}); try again later"
+        ) from error
+
+
+def _patterns(
+    api: HfApi, repository: str, revision: str | None, *, weights: bool, file: str | None
+) -> list[str]:
+    """Which files to fetch: those of the kind that the repository is of."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        names = api.list_repo_files(repository, revision=revision)
+    except HFValidationError:
+        raise
+    except Exception as error:
+        # The transport's errors have no names that hold over the client's versions. Whatever is
+        # wrong, the fetch that follows meets it too, and knows what the cache still allows.
+        if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
+            raise
+        names = _names_in_cache(repository, revision)
+    if names is None:
+        return [*SMALL, *(WEIGHTS if weights else ()), *([] if file is None else [file])]
+    where = f"{SCHEME}{repository}" + (f"@{revision}" if revision else "")
+    chosen = needed(names, weights=weights, file=file, where=where)
+    # The client takes patterns, and a name may hold what a pattern means something by.
+    return [glob.escape(name) for name in chosen]
+
+
+def _names_in_cache(repository: str, revision: str | None) -> list[str] | None:
+    """The repository's files as they were listed when some were fetched; None where unknown."""
+    try:  # from version 2 on; before, the client could not tell what the cache lacks
+        from huggingface_hub import get_cached_repo_tree
+        from huggingface_hub.errors import CachedRepoTreeNotFoundError
+    except ImportError:
+        return None
+    try:
+        return [entry.path for entry in get_cached_repo_tree(repository, revision=revision)]
+    except CachedRepoTreeNotFoundError:
+        return None
+
+
+def _file_in(directory: Path, file: str | None, address: str) -> Path:
+    if file is None:
+        return directory
+    if not (directory / file).is_file():
+        raise PresetError(
+            f"{address} is not in the cache and the Hub cannot be reached; go online once, or give "
+            "a local file"
+        )
+    return directory / file
+
+
+def _line(error: Exception) -> str:
+    """The first line of what an error says."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).strip()

@@ -148,3 +148,72 @@ GGUF = NameTable(
         ),
     )
 )
+
+# Source: Meta's reference code, `llama_models/llama3/model.py`; its rotary embedding turns pairs of
+# neighbours.
+META = NameTable(
+    (
+        Rule("tok_embeddings.weight", "model.embed_tokens.weight", SAME),
+        Rule("norm.weight", "model.norm.weight", SAME),
+        Rule("output.weight", "lm_head.weight", SAME),
+        Rule("layers.{}.attention_norm.weight", "model.layers.{}.input_layernorm.weight", SAME),
+        Rule("layers.{}.ffn_norm.weight", "model.layers.{}.post_attention_layernorm.weight", SAME),
+        *(
+            Rule(f"layers.{{}}.{theirs}.weight", f"model.layers.{{}}.{ours}.weight", transform)
+            for theirs, ours, transform in [
+                ("attention.wq", "self_attn.q_proj", QUERY_ROWS),
+                ("attention.wk", "self_attn.k_proj", KEY_ROWS),
+                ("attention.wv", "self_attn.v_proj", SAME),
+                ("attention.wo", "self_attn.o_proj", SAME),
+                ("feed_forward.w1", "mlp.gate_proj", SAME),
+                ("feed_forward.w3", "mlp.up_proj", SAME),
+                ("feed_forward.w2", "mlp.down_proj", SAME),
+            ]
+        ),
+    )
+)
+
+# A Keras kernel has its inputs first. One axis or two (heads, head size) are the outputs of q, k
+# and v, and the inputs of o; so either the first axis alone is the inputs, or the last the outputs.
+INPUTS_FIRST = Transform(
+    "inputs first, then heads",
+    lambda array, _: array.reshape(array.shape[0], -1).T,
+    lambda array, heads: array.T.reshape(array.shape[1], heads.query, -1),
+)
+KEY_INPUTS_FIRST = Transform(
+    "inputs first, then key heads",
+    INPUTS_FIRST.to_ours,
+    lambda array, heads: array.T.reshape(array.shape[1], heads.key_value, -1),
+)
+HEADS_FIRST = Transform(
+    "heads first, then outputs",
+    lambda array, _: array.reshape(-1, array.shape[-1]).T,
+    lambda array, heads: array.T.reshape(heads.query, -1, array.shape[0]),
+)
+TRANSPOSED = Transform("transposed", lambda array, _: array.T, lambda array, _: array.T)
+
+# Source: keras-hub's `models/llama/llama_{backbone,decoder,attention}.py` and Keras's
+# `saving_lib.py`, which names what it saves by attributes and classes. Its rotary embedding turns
+# halves, as Hugging Face's.
+_DECODER = "layers.llama_transformer_decoder.{}"
+KERAS_HUB = NameTable(
+    (
+        Rule("layers.reversible_embedding.vars.0", "model.embed_tokens.weight", SAME),
+        Rule("layers.reversible_embedding.vars.1", "lm_head.weight", TRANSPOSED),
+        Rule("layers.llama_layer_norm.vars.0", "model.norm.weight", SAME),
+        *(
+            Rule(f"{_DECODER}.{theirs}.vars.0", f"model.layers.{{}}.{ours}.weight", transform)
+            for theirs, ours, transform in [
+                ("_self_attention_layernorm", "input_layernorm", SAME),
+                ("_feedforward_layernorm", "post_attention_layernorm", SAME),
+                ("_self_attention_layer._query_dense", "self_attn.q_proj", INPUTS_FIRST),
+                ("_self_attention_layer._key_dense", "self_attn.k_proj", KEY_INPUTS_FIRST),
+                ("_self_attention_layer._value_dense", "self_attn.v_proj", KEY_INPUTS_FIRST),
+                ("_self_attention_layer._output_dense", "self_attn.o_proj", HEADS_FIRST),
+                ("_feedforward_gate_dense", "mlp.gate_proj", TRANSPOSED),
+                ("_feedforward_intermediate_dense", "mlp.up_proj", TRANSPOSED),
+                ("_feedforward_output_dense", "mlp.down_proj", TRANSPOSED),
+            ]
+        ),
+    )
+)

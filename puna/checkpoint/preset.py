@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from puna.checkpoint.gguf import GGUFSource
-from puna.checkpoint.safetensors import SafetensorsSource
+from puna.checkpoint.json_file import read_json
+from puna.checkpoint.peft import MergedSource, PeftAdapter
+from puna.checkpoint.readers import SETTINGS_FILE, GGUFReader, reader_of
 from puna.checkpoint.source import TensorSource
 from puna.errors import PresetError
+from puna.text.hf_files import settings_from_directory
 
-SETTINGS_FILE = "puna.json"
+__all__ = ["SETTINGS_FILE", "Preset", "read_json"]
 
 # A checkpoint in one of these is run in the dtype beside it, where none is asked for.
 _RUN_AS = {"float64": "float32", "float8_e4m3fn": "bfloat16", "float8_e5m2": "bfloat16"}
@@ -23,74 +27,94 @@ class Preset:
     """The files of a preset on this machine.
 
     Args:
-        path: a Hugging Face directory, a directory with one GGUF file, or a GGUF file.
+        path: a directory (Hugging Face's, Meta's, keras-hub's, or with one GGUF file), or a
+            `.gguf` or `.safetensors` file.
+        adapters: directories of PEFT adapters, merged into the weights in this order.
+        weights: False leaves the adapters unmerged; only their tokenizers are looked for.
 
     Raises:
         PresetError: the files are missing or broken.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, adapters: Sequence[Path] = (), *, weights: bool = True):
         self.path = path
-        self.gguf: GGUFSource | None = None
-        if (gguf := _gguf_file(path)) is not None:
-            self.gguf = GGUFSource(gguf)
-            self.config = self.gguf.hf_config()
-        else:
-            self.config = read_json(path / "config.json")
-        self.settings = self._optional(SETTINGS_FILE)
-        self.generation_config = self._optional("generation_config.json")
+        self.adapters = tuple(adapters)
+        self._to_merge = self.adapters if weights else ()
+        self._reader = reader_of(path)
+        self.settings = self._reader.settings()
+        self.generation_config = self._reader.generation_config()
 
-    def _optional(self, name: str) -> dict[str, Any]:
-        path = self.path / name
-        return read_json(path) if path.exists() else {}
+    @property
+    def format(self) -> str:
+        """The kind of its files: "safetensors", "gguf", "meta" or "keras_hub"."""
+        return self._reader.format
+
+    @property
+    def gguf(self) -> GGUFSource | None:
+        """The GGUF file, if it is one."""
+        return self._reader.source if isinstance(self._reader, GGUFReader) else None
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The configuration, as a `config.json` of Hugging Face has it, the adapters' changes in.
+
+        Raises:
+            PresetError: the files are missing or broken.
+        """
+        config = self._reader.hf_config()
+        for merged in self._merged:
+            config = config | merged.config
+        return config
 
     def tensors(self) -> TensorSource:
-        """The checkpoint's tensors."""
-        return self.gguf if self.gguf is not None else SafetensorsSource(self.path)
+        """The checkpoint's tensors, the adapters merged in.
 
-    def default_dtype(self, source: TensorSource) -> str:
-        """The dtype to run in where none is asked for: the one that the checkpoint is in."""
-        dtype = self.config.get("dtype", self.config.get("torch_dtype"))
+        Raises:
+            PresetError: the files are missing or broken.
+        """
+        return self._merged[-1] if self._merged else self._reader.tensors()
+
+    def tokenizer_settings(self) -> dict[str, Any]:
+        """The arguments of `puna.text.tokenizer.Tokenizer`: of the last adapter that has one.
+
+        Raises:
+            TokenizerError: there is no tokenizer, or a broken one.
+        """
+        for adapter in reversed(self.adapters):
+            if (adapter / "tokenizer.json").is_file():
+                return settings_from_directory(adapter)
+        return self._reader.tokenizer_settings()
+
+    @cached_property
+    def _merged(self) -> list[MergedSource]:
+        """The sources with one adapter more each."""
+        merged: list[MergedSource] = []
+        for path in self._to_merge:
+            source = merged[-1] if merged else self._reader.tensors()
+            try:
+                adapter = PeftAdapter(path)
+                try:
+                    merged.append(MergedSource(source, adapter))
+                except BaseException:
+                    adapter.close()
+                    raise
+            except BaseException:
+                source.close()
+                raise
+        return merged
+
+    def default_dtype(self, source: TensorSource | None) -> str:
+        """The dtype to run in where none is asked for: the one that the checkpoint is in.
+
+        Args:
+            source: the tensors, which say it where the configuration does not; None where there
+                are none, and then it is float32.
+        """
+        dtype = self.config.get("dtype") or self.config.get("torch_dtype")
         if dtype in (None, "auto"):
-            dtype = _widest(source)
+            dtype = "float32" if source is None else _widest(source)
         dtype = str(dtype).removeprefix("torch.")
         return _RUN_AS.get(dtype, dtype)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
-
-    Raises:
-        PresetError: it is missing, is not JSON, or holds something else.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        beside = sorted(p.name for p in path.parent.glob("*"))[:8] if path.parent.is_dir() else []
-        raise PresetError(
-            f"{path.parent} has no {path.name}; expected the files of a Hugging Face checkpoint, "
-            f"found: {', '.join(beside) or 'nothing'}"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise PresetError(f"{path} cannot be read as JSON ({error}); fetch it again") from error
-    if not isinstance(value, dict):
-        raise PresetError(f"{path} holds a {type(value).__name__}; expected a JSON object")
-    return value
-
-
-def _gguf_file(path: Path) -> Path | None:
-    """The GGUF file that `path` is, or that it holds instead of a Hugging Face checkpoint."""
-    if path.is_file():
-        if path.suffix == ".gguf":
-            return path
-        raise PresetError(f"{path} is a file; expected a directory or a .gguf file")
-    files = sorted(path.glob("*.gguf"))
-    if not files or (path / "config.json").exists():
-        return None
-    if len(files) > 1 and "-of-" not in files[0].stem:
-        names = ", ".join(file.name for file in files)
-        raise PresetError(f"{path} holds several GGUF files ({names}); name one of them")
-    return files[0]
 
 
 def _widest(source: TensorSource) -> str:

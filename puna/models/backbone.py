@@ -170,11 +170,12 @@ class Llama3Backbone(keras.Model):
         load_weights: bool = True,
         dtype: Any = None,
         revision: str | None = None,
+        adapter: str | os.PathLike[str] | None = None,
     ) -> Llama3Backbone:
         """The backbone of a preset; see `Llama3CausalLM.from_preset`."""
         from puna.models.presets import load_backbone
 
-        return load_backbone(cls, preset, load_weights, dtype, revision)
+        return load_backbone(cls, preset, load_weights, dtype, revision, adapter)
 
 
 def _split_inputs(inputs: Any) -> tuple[Tensor, Tensor]:

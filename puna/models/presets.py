@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,10 +13,13 @@ import keras
 from puna.backend import build
 from puna.checkpoint import hub
 from puna.checkpoint.load import load_weights as fill
+from puna.checkpoint.peft_config import CONFIG as ADAPTER_CONFIG
+from puna.checkpoint.peft_config import AdapterConfig
 from puna.checkpoint.preset import Preset
+from puna.checkpoint.readers import is_adapter
 from puna.checkpoint.save import save_directory
 from puna.config import LlamaConfig
-from puna.errors import TokenizerError
+from puna.errors import PresetError, TokenizerError
 
 if TYPE_CHECKING:
     from puna.models.backbone import Llama3Backbone
@@ -24,6 +28,63 @@ if TYPE_CHECKING:
     from puna.models.tokenizer import Llama3Tokenizer
 
 _UNSET: Any = object()
+_MOST_ADAPTERS = 8  # one upon the other
+
+
+def open_preset(
+    preset: str | os.PathLike[str],
+    adapter: str | os.PathLike[str] | None = None,
+    *,
+    weights: bool = True,
+    revision: str | None = None,
+) -> Preset:
+    """A preset's files, fetched where it is an address; an adapter's base is found and opened.
+
+    Args:
+        preset: as in `CausalLM.from_preset`; the directory or address of an adapter too, which
+            names its base.
+        adapter: the directory or address of an adapter to merge into it.
+        weights: whether the weights are needed; without them no adapter is merged.
+        revision: a branch, tag or commit of the Hub, where the address names none.
+
+    Raises:
+        PresetError: something is not there, or an adapter's base cannot be found.
+    """
+    path = hub.locate(preset, weights=weights, revision=revision)
+    adapters: list[Path] = []
+    if adapter is not None:
+        adapters = [hub.locate(adapter, weights=weights)]
+        if not is_adapter(adapters[0]):
+            raise PresetError(
+                f"{adapters[0]} is no adapter; expected a directory with adapter_config.json"
+            )
+    while is_adapter(path):
+        if len(adapters) > _MOST_ADAPTERS:
+            raise PresetError(f"{path} is an adapter of an adapter without an end; name the base")
+        adapters.insert(0, path)
+        path = _base_of(path, weights)
+    return Preset(path, adapters, weights=weights)
+
+
+def _base_of(adapter: Path, weights: bool) -> Path:
+    """The model that an adapter names as its base."""
+    config = AdapterConfig.read(adapter / ADAPTER_CONFIG)
+    name = config.base_model_name_or_path
+    if name is None:
+        raise PresetError(
+            f"{config.path} does not say what the adapter is for; load the base with adapter="
+        )
+    for path in (Path(name).expanduser(), adapter / name):
+        if path.exists():
+            return path
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return hub.locate(f"{hub.SCHEME}{name}", weights=weights, revision=config.revision)
+    if name in hub.PRESETS or name.startswith(hub.SCHEME):
+        return hub.locate(name, weights=weights, revision=config.revision)
+    raise PresetError(
+        f"{config.path} names {name!r} as its base, which is not there; load the base from where "
+        "it is, with adapter="
+    )
 
 
 def load_causal_lm(
@@ -32,17 +93,18 @@ def load_causal_lm(
     load_weights: bool,
     dtype: Any,
     revision: str | None,
+    adapter: str | os.PathLike[str] | None,
     kwargs: dict[str, Any],
 ) -> Llama3CausalLM:
     """See `CausalLM.from_preset`."""
     from puna.models.backbone import Llama3Backbone
     from puna.models.preprocessor import Llama3CausalLMPreprocessor
 
-    opened = Preset(hub.locate(preset, weights=load_weights, revision=revision))
+    opened = open_preset(preset, adapter, weights=load_weights, revision=revision)
+    config = LlamaConfig.from_hf(opened.config)
     preprocessor = kwargs.pop("preprocessor", _UNSET)
 
     def make(policy: Any) -> Llama3CausalLM:
-        config = LlamaConfig.from_hf(opened.config)
         return cls(Llama3Backbone(config=config, dtype=policy), **kwargs)
 
     with ThreadPoolExecutor(1, thread_name_prefix="puna-tokenizer") as pool:
@@ -64,12 +126,14 @@ def load_backbone(
     load_weights: bool,
     dtype: Any,
     revision: str | None,
+    adapter: str | os.PathLike[str] | None,
 ) -> Llama3Backbone:
     """See `Llama3Backbone.from_preset`."""
-    opened = Preset(hub.locate(preset, weights=load_weights, revision=revision))
+    opened = open_preset(preset, adapter, weights=load_weights, revision=revision)
+    config = LlamaConfig.from_hf(opened.config)
 
     def make(policy: Any) -> Llama3Backbone:
-        return cls(config=LlamaConfig.from_hf(opened.config), dtype=policy)
+        return cls(config=config, dtype=policy)
 
     return _load(make, opened, load_weights, dtype, has_head=False)
 
@@ -81,10 +145,7 @@ def load_tokenizer(
     kwargs: dict[str, Any],
 ) -> Llama3Tokenizer:
     """See `Llama3Tokenizer.from_preset`."""
-    path = hub.locate(preset, weights=False, revision=revision)
-    if path.is_dir() and not _has_gguf_only(path):
-        return cls.from_directory(path, **kwargs)  # type: ignore[return-value]
-    return tokenizer_of(cls, Preset(path), kwargs)
+    return tokenizer_of(cls, open_preset(preset, weights=False, revision=revision), kwargs)
 
 
 def load_preprocessor(
@@ -94,7 +155,7 @@ def load_preprocessor(
     kwargs: dict[str, Any],
 ) -> Llama3CausalLMPreprocessor:
     """See `Llama3CausalLMPreprocessor.from_preset`."""
-    opened = Preset(hub.locate(preset, weights=False, revision=revision))
+    opened = open_preset(preset, weights=False, revision=revision)
     return preprocessor_of(cls, opened, kwargs)
 
 
@@ -102,9 +163,7 @@ def tokenizer_of(
     cls: type[Llama3Tokenizer], opened: Preset, kwargs: dict[str, Any]
 ) -> Llama3Tokenizer:
     """The tokenizer of an opened preset."""
-    if opened.gguf is not None:
-        return cls.from_gguf(opened.gguf.metadata, **kwargs)  # type: ignore[return-value]
-    return cls.from_directory(opened.path, **kwargs)  # type: ignore[return-value]
+    return cls(**(opened.tokenizer_settings() | kwargs))
 
 
 def preprocessor_of(
@@ -163,8 +222,8 @@ def _policy(opened: Preset, dtype: Any, source: Any) -> Any:
         return dtype
     if "dtype_policy" in opened.settings:
         return keras.dtype_policies.deserialize(opened.settings["dtype_policy"])
-    if source is None:
-        return LlamaConfig.from_hf(opened.config).dtype
+    if source is None and (opened.config.get("dtype") or opened.config.get("torch_dtype")) is None:
+        return None
     return opened.default_dtype(source)
 
 
@@ -177,7 +236,3 @@ def _check_vocabulary(
             f"the tokenizer in {path} has {size} tokens and the model {config.vocab_size}; they "
             "are of different checkpoints: fetch them together again"
         )
-
-
-def _has_gguf_only(path: Path) -> bool:
-    return any(path.glob("*.gguf")) and not (path / "tokenizer.json").exists()

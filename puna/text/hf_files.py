@@ -10,6 +10,7 @@ import tokenizers
 from tokenizers import AddedToken
 
 from puna.errors import TokenizerError
+from puna.text.keras_hub_tokenizer import ASSETS, settings_from_keras_hub
 from puna.text.tiktoken import BEGIN_OF_TEXT, END_OF_TEXT, backend_from_tiktoken, is_tiktoken_file
 
 # Meta's download has it in the model's directory or, in Hugging Face's mirrors, in original/
@@ -20,9 +21,10 @@ def settings_from_directory(path: Path) -> dict[str, Any]:
     """`Tokenizer`'s constructor arguments from the files of a directory.
 
     Args:
-        path: a directory with `tokenizer.json`, or with Meta's `tokenizer.model`; the files
-            beside it (`tokenizer_config.json`, `special_tokens_map.json`, `chat_template.jinja`,
-            `additional_chat_templates/`, `generation_config.json`, `config.json`) are optional.
+        path: a keras-hub preset; or a directory with `tokenizer.json`, or with Meta's
+            `tokenizer.model`, where the files beside it (`tokenizer_config.json`,
+            `special_tokens_map.json`, `chat_template.jinja`, `additional_chat_templates/`,
+            `generation_config.json`, `config.json`) are optional.
 
     Returns:
         The arguments by name, the Rust tokenizer as `backend` among them.
@@ -32,6 +34,8 @@ def settings_from_directory(path: Path) -> dict[str, Any]:
     """
     if not path.is_dir():
         raise TokenizerError(f"{path} is not a directory. Give the directory of a checkpoint.")
+    if (path / ASSETS).is_dir():
+        return settings_from_keras_hub(path)
     config = _read_json(path / "tokenizer_config.json")
     model = _read_json(path / "config.json")
     generation = _read_json(path / "generation_config.json")
