@@ -158,7 +158,9 @@ def _patterns(
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        names = api.list_repo_files(repository, revision=revision)
+        # list_repo_files would retry for half a minute where there is no network.
+        siblings = api.model_info(repository, revision=revision, timeout=10).siblings or []
+        names = [sibling.rfilename for sibling in siblings]
     except HFValidationError:
         raise
     except Exception as error:
