@@ -5,11 +5,15 @@
         subprocess.run([...], env=hub.environment(home))
         assert hub.downloads["model.safetensors"] == 1
 
+What goes wrong is asked for by path: `hub.fail("*/model.safetensors", status=503, times=2)`.
+
 The client reads `HF_ENDPOINT` when it is imported, so clients run in processes of their own.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -20,11 +24,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from tests.hub_faults import Fault, cut
 
 # The Hub keeps files of at least this size, and all weights, in its large-file storage.
 LFS_SIZE = 10_000_000
 LFS_SUFFIXES = (".safetensors", ".gguf", ".pth", ".bin", ".onnx", ".h5")
+
+SIGNATURE = "s1gn4ture"
+STORAGE = "/storage"  # how the paths begin at the server of large files
 
 Access = Literal["public", "private", "gated"]
 
@@ -67,24 +76,46 @@ class Refusal(Exception):
 class HubServer:
     """The server, running between `__enter__` and `__exit__`.
 
+    Args:
+        has_storage: whether large files are sent by a second server, of another origin, to which
+            the first one redirects with a signed address.
+
     Attributes:
         requests: how often each (method, path) was asked for.
         downloads: how often the content of each file was asked for, by its path in its repository.
+        sent: how many bytes of each file went out.
+        tokens: the tokens that came with a question, by the path of the question.
     """
 
-    def __init__(self):
+    def __init__(self, *, has_storage: bool = False):
         self.repositories: dict[str, Repository] = {}
         self.requests: Counter[tuple[str, str]] = Counter()
         self.downloads: Counter[str] = Counter()
+        self.sent: Counter[str] = Counter()
+        self.tokens: dict[str, set[str | None]] = {}
+        self.faults: list[Fault] = []
         self.lock = threading.Lock()
         handler = type("Handler", (_Handler,), {"hub": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self._server.daemon_threads = True
+        self._servers = [
+            ThreadingHTTPServer(("127.0.0.1", 0), handler) for _ in range(1 + has_storage)
+        ]
+        for server in self._servers:
+            server.daemon_threads = True
 
     @property
     def url(self) -> str:
-        host, port = self._server.server_address[:2]
-        return f"http://{host}:{port}"
+        return _url(self._servers[0])
+
+    @property
+    def storage_url(self) -> str | None:
+        """Where large files are sent from, if not from here."""
+        return _url(self._servers[1]) + STORAGE if len(self._servers) > 1 else None
+
+    def fail(self, path: str, **how: Any) -> Fault:
+        """Answer a question with a fault from now on: see `tests.hub_faults.Fault`."""
+        fault = Fault(path, **how)
+        self.faults.append(fault)
+        return fault
 
     def add(
         self,
@@ -120,14 +151,19 @@ class HubServer:
         with self.lock:
             self.requests.clear()
             self.downloads.clear()
+            self.sent.clear()
+            self.tokens.clear()
+            self.faults.clear()
 
     def __enter__(self) -> HubServer:
-        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+        for server in self._servers:
+            threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        for server in self._servers:
+            server.shutdown()
+            server.server_close()
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -144,10 +180,21 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer()
 
     def _answer(self) -> None:
+        with contextlib.suppress(ConnectionError):  # a client that was ended is no fault of ours
+            self._answer_or_refuse()
+
+    def _answer_or_refuse(self) -> None:
         path = urllib.parse.urlsplit(self.path).path
         with self.hub.lock:
             self.hub.requests[self.command, path] += 1
+            self.hub.tokens.setdefault(path, set()).add(self._token())
+            takes = (fault for fault in self.hub.faults if fault.takes(self.command, path))
+            self.fault = next(takes, None)
+        self.is_storage = path.startswith(f"{STORAGE}/")
+        path = path.removeprefix(STORAGE)
         try:
+            if self.fault is not None and (status := self.fault.begin()) is not None:
+                raise Refusal(status, self.fault.code, self.fault.message)
             # A revision may hold an escaped "/", so the parts are unescaped after they are split.
             parts = [urllib.parse.unquote(part) for part in path.strip("/").split("/")]
             if parts[:2] == ["api", "models"] and len(parts) >= 4:
@@ -162,7 +209,7 @@ class _Handler(BaseHTTPRequestHandler):
     # The two kinds of question
 
     def _api(self, name: str, rest: list[str]) -> None:
-        """`/api/models/{id}[/revision/{rev}]` and `/api/models/{id}/tree/{rev}`."""
+        """`/api/models/{id}[/revision/{rev}][?blobs=…]` and `/api/models/{id}/tree/{rev}`."""
         repository = self._repository(name)
         kind, revision = (rest[0], rest[1]) if len(rest) >= 2 else ("revision", "main")
         commit, directory = self._revision(repository, revision)
@@ -177,7 +224,10 @@ class _Handler(BaseHTTPRequestHandler):
                     "sha": commit,
                     "private": repository.access == "private",
                     "gated": "manual" if repository.access == "gated" else False,
-                    "siblings": [{"rfilename": file} for file in files],
+                    "siblings": [
+                        {"rfilename": file, "size": size, "blobId": oid, **more}
+                        for file, size, oid, more in map(_sibling, files.items())
+                    ],
                     "tags": [],
                 }
             )
@@ -187,22 +237,27 @@ class _Handler(BaseHTTPRequestHandler):
     def _file(self, name: str, revision: str, file: str) -> None:
         """`/{id}/resolve/{rev}/{file}`, whole or from a byte on."""
         repository = self._repository(name)
-        if repository.access == "gated" and self._token() not in repository.tokens:
+        is_open = self.is_storage or repository.access != "gated"
+        if not is_open and self._token() not in repository.tokens:
             status = 401 if self._token() is None else 403
             raise Refusal(status, "GatedRepo", f"Access to model {name} is restricted.")
         commit, directory = self._revision(repository, revision)
         path = _files(directory).get(file)
         if path is None:
             raise Refusal(404, "EntryNotFound", "Entry not found")
-        if self.command == "GET":
-            with self.hub.lock:
-                self.hub.downloads[file] += 1
         size = path.stat().st_size
         start, end = self._range(size)
         entry = _tree_entry(file, path)
         headers = {"X-Repo-Commit": commit, "ETag": f'"{entry["oid"]}"', "Accept-Ranges": "bytes"}
         if "lfs" in entry:
             headers |= {"X-Linked-Etag": f'"{entry["lfs"]["oid"]}"', "X-Linked-Size": str(size)}
+            if self.hub.storage_url is not None and not self.is_storage:
+                where = f"{self.hub.storage_url}{self.path}?Signature={SIGNATURE}"
+                self._head(302, headers | {"Location": where, "Content-Length": "0"})
+                return
+        if self.command == "GET":
+            with self.hub.lock:
+                self.hub.downloads[file] += 1
         if (start, end) != (0, size):
             headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
         self._send(206 if "Content-Range" in headers else 200, headers, path, start, end)
@@ -215,6 +270,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _repository(self, name: str) -> Repository:
         token, repository = self._token(), self.hub.repositories.get(name)
+        if self.is_storage and repository is not None:
+            return repository  # its addresses are signed
         known = {token for repo in self.hub.repositories.values() for token in repo.tokens}
         if token is not None and token not in known:
             raise Refusal(401, "", "Invalid credentials in Authorization header")
@@ -255,12 +312,17 @@ class _Handler(BaseHTTPRequestHandler):
         self._head(status, {**headers, "Content-Length": str(end - start)})
         if self.command == "HEAD":
             return
+        after = None if self.fault is None else self.fault.after
+        goes_to = end if after is None else min(end, start + after)
         with path.open("rb") as file:
             file.seek(start)
-            left = end - start
-            while left and (block := file.read(min(left, 1 << 20))):
+            while start < goes_to and (block := file.read(min(goes_to - start, 1 << 18))):
                 self.wfile.write(block)
-                left -= len(block)
+                start += len(block)
+                with self.hub.lock:
+                    self.hub.sent[path.name] += len(block)
+        if start < end and self.fault is not None:
+            cut(self, self.fault)
 
     def _refuse(self, refusal: Refusal) -> None:
         body = json.dumps({"error": refusal.message}).encode()
@@ -268,6 +330,8 @@ class _Handler(BaseHTTPRequestHandler):
         if refusal.code:
             headers["X-Error-Code"] = refusal.code
         headers["X-Error-Message"] = refusal.message
+        if self.fault is not None:
+            headers |= self.fault.headers
         self._head(refusal.status, headers)
         if self.command == "GET":
             self.wfile.write(body)
@@ -277,6 +341,11 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
+
+
+def _url(server: ThreadingHTTPServer) -> str:
+    host, port = server.server_address[:2]
+    return f"http://{host!s}:{port}"
 
 
 def _files(directory: Path) -> dict[str, Path]:
@@ -294,6 +363,14 @@ def _tree_entry(file: str, path: Path) -> dict:
     return entry
 
 
+def _sibling(item: tuple[str, Path]) -> tuple[str, int, str, dict]:
+    """A file as `?blobs=True` lists it: its name, size and id, and where it is large its digest."""
+    entry = _tree_entry(*item)
+    lfs = entry.get("lfs")
+    more = {"lfs": {"sha256": lfs["oid"], "size": lfs["size"], "pointerSize": 134}} if lfs else {}
+    return item[0], entry["size"], entry["oid"], more
+
+
 def _commit(directory: Path) -> str:
     """An id like a commit's, made from all that the directory holds."""
     state = "\n".join(f"{name} {_digest(path, 'sha1')}" for name, path in _files(directory).items())
@@ -301,4 +378,11 @@ def _commit(directory: Path) -> str:
 
 
 def _digest(path: Path, algorithm: str) -> str:
-    return hashlib.new(algorithm, path.read_bytes()).hexdigest()
+    return _digest_of(path, algorithm, path.stat().st_mtime_ns)
+
+
+@functools.lru_cache
+def _digest_of(path: Path, algorithm: str, changed: int) -> str:
+    del changed  # a file that was written since has another digest
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, algorithm).hexdigest()

@@ -179,8 +179,9 @@ class GGUFSource:
                     self._entries[name] = _Entry(file, tensor, transform, info)
         if unknown:
             more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+            some = [n if n.isprintable() else repr(n) for n in unknown[:5]]
             raise PresetError(
-                f"{self.path}: tensors that a Llama has not: {', '.join(unknown[:5])}{more}; "
+                f"{self.path}: tensors that a Llama has not: {', '.join(some)}{more}; "
                 "expected those of the plain Llama architecture: this model cannot be loaded"
             )
 
@@ -192,7 +193,7 @@ class GGUFSource:
         if transform is SAME:
             return
         heads = self._heads.query if transform is QUERY_ROWS else self._heads.key_value
-        if not tensor.shape or tensor.shape[0] % (2 * heads):
+        if not tensor.shape or 0 in tensor.shape or tensor.shape[0] % (2 * heads):
             raise PresetError(
                 f"{self.path}: tensor {tensor.name!r} has shape {tensor.shape}, expected an even "
                 f"number of rows for each of {heads} heads; the file is damaged: fetch it again"

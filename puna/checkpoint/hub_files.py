@@ -70,7 +70,8 @@ def needed(
     if file is not None:
         return _with_file(names, file, weights=weights, where=where)
     small = _matching(names, SMALL)
-    if not weights and {"config.json", "params.json", "adapter_config.json"} & set(small):
+    described = {"config.json", "params.json", "adapter_config.json"} & set(small)
+    if not weights and described and (_has_tokenizer(small) or not _is_gguf(names)):
         return small
     for mark, patterns in _KINDS:
         if weights and mark in names:
@@ -100,6 +101,16 @@ def _with_file(names: Collection[str], file: str, *, weights: bool, where: str) 
         return small
     index = re.sub(r"-\d{5}-of-\d{5}\.safetensors$", ".safetensors.index.json", file)
     return small + _parts(names, file) + [name for name in names if name == index != file]
+
+
+def _has_tokenizer(names: Collection[str]) -> bool:
+    return any(name.rpartition("/")[2].startswith("tokenizer.") for name in names)
+
+
+def _is_gguf(names: Collection[str]) -> bool:
+    """Whether a repository's weights are GGUF, whatever else describes them."""
+    has_other = any(mark in names for mark, _ in _KINDS)
+    return not has_other and any("/" not in name and name.endswith(".gguf") for name in names)
 
 
 def _gguf(names: Collection[str], where: str) -> list[str]:

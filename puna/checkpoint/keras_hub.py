@@ -289,9 +289,9 @@ def _weight_files(directory: Path) -> tuple[list[Path], dict[str, list[str]]]:
                     "*.weights.h5 file beside it: do not use this preset unless you know why"
                 )
             names.add(file)
-    if missing := sorted(name for name in names if not (directory / name).is_file()):
+    if missing := sorted(name for name in names if not os.path.isfile(directory / name)):
         raise PresetError(
             f"{directory}: {len(missing)} of {len(names)} shards are missing: "
-            f"{', '.join(missing[:3])}; fetch the preset again"
+            f"{', '.join(missing[:3])!s:.300}; fetch the preset again"
         )
     return [directory / name for name in sorted(names)], shard_of

@@ -199,7 +199,7 @@ class MetaSource:
             return
         count = {QUERY_ROWS: self._heads.query, KEY_ROWS: self._heads.key_value}[transform]
         rows, files = count * self.params.head_dim, len(self._files)
-        if shape[0] != rows or count % files:
+        if shape[0] != rows or 0 in shape or count % files:
             raise PresetError(
                 f"tensor {theirs!r} in {self.path} has {shape[0]} rows over {files} files, "
                 f"expected {rows}: {count} heads of {self.params.head_dim}, whole heads in each "

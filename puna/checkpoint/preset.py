@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,8 @@ from puna.errors import PresetError
 from puna.text.hf_files import settings_from_directory
 
 __all__ = ["SETTINGS_FILE", "Preset", "read_json"]
+
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "head_dim")
 
 # A checkpoint in one of these is run in the dtype beside it, where none is asked for.
 _RUN_AS = {"float64": "float32", "float8_e4m3fn": "bfloat16", "float8_e5m2": "bfloat16"}
@@ -41,7 +44,7 @@ class Preset:
         self.adapters = tuple(adapters)
         self._to_merge = self.adapters if weights else ()
         self._reader = reader_of(path)
-        self.settings = self._reader.settings()
+        self.settings = _checked(self._reader.settings(), path)
         self.generation_config = self._reader.generation_config()
 
     @property
@@ -72,7 +75,26 @@ class Preset:
         Raises:
             PresetError: the files are missing or broken.
         """
-        return self._merged[-1] if self._merged else self._reader.tensors()
+        source = self._merged[-1] if self._merged else self._reader.tensors()
+        try:
+            self._check_size(source)
+        except BaseException:
+            source.close()
+            raise
+        return source
+
+    def _check_size(self, source: TensorSource) -> None:
+        """Refuse sizes beyond all that the tensors have: a model is built before it is compared."""
+        names = source.names()
+        largest = max((math.prod(source.info(name).shape) for name in names), default=0)
+        sizes = dict.fromkeys(_SIZES, largest) | {"num_hidden_layers": len(names)}
+        for name, most in sizes.items():
+            value = self.config.get(name)
+            if type(value) is int and value > most:
+                raise PresetError(
+                    f"{self.path}: {name} is {value:.6g}, and the largest of {len(names)} tensors "
+                    f"has {largest} numbers; they are of different checkpoints: fetch them again"
+                )
 
     def tokenizer_settings(self) -> dict[str, Any]:
         """The arguments of `puna.text.tokenizer.Tokenizer`: of the last adapter that has one.
@@ -115,6 +137,22 @@ class Preset:
             dtype = "float32" if source is None else _widest(source)
         dtype = str(dtype).removeprefix("torch.")
         return _RUN_AS.get(dtype, dtype)
+
+
+def _checked(settings: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The settings, refused where they are not what was saved: others take them as arguments."""
+    preprocessor, policy = settings.get("preprocessor", {}), settings.get("dtype_policy", "")
+    kinds = {"sequence_length": int, "add_start_token": bool, "add_end_token": bool}
+    fits = isinstance(preprocessor, dict) and all(
+        type(value) is kinds.get(name) or (value is None and name in kinds)
+        for name, value in preprocessor.items()
+    )
+    if not fits or not isinstance(policy, str | dict):
+        raise PresetError(
+            f"{path}: the preprocessor's settings are {preprocessor!r:.200} and the dtype policy "
+            f"{policy!r:.80}; expected {', '.join(kinds)}, and a policy: correct {SETTINGS_FILE}"
+        )
+    return settings
 
 
 def _widest(source: TensorSource) -> str:

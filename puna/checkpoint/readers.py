@@ -219,7 +219,7 @@ def reader_of(path: Path) -> Reader:
     """
     if not path.is_dir():
         return _reader_of_file(path)
-    if (path / CONFIG).is_file():
+    if (path / CONFIG).is_file() and not _holds_gguf_alone(path):
         is_keras = keras_hub.is_keras_hub(read_json(path / CONFIG))
         return KerasHubReader(path) if is_keras else HuggingFaceReader(path)
     if (path / meta.PARAMS).is_file():
@@ -242,6 +242,16 @@ def is_adapter(path: Path) -> bool:
     """Whether a directory holds an adapter and no whole model."""
     whole = (SINGLE, INDEX, keras_hub.WEIGHTS, keras_hub.SHARDED)
     return (path / ADAPTER_CONFIG).is_file() and not any((path / n).is_file() for n in whole)
+
+
+def _holds_gguf_alone(path: Path) -> bool:
+    """Whether a directory's weights are GGUF, whatever else describes them.
+
+    Many repositories of GGUF files hold a `config.json` too, often with little in it.
+    """
+    own = (INDEX, keras_hub.WEIGHTS, keras_hub.SHARDED, f"{ORIGINAL}/{meta.PARAMS}")
+    is_other = any(path.glob("*.safetensors")) or any((path / name).is_file() for name in own)
+    return not is_other and any(path.glob("*.gguf"))
 
 
 def _reader_of_file(path: Path) -> Reader:

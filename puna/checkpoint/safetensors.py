@@ -197,7 +197,12 @@ def _shards(index: Path) -> tuple[list[Path], tuple[Path, dict[str, str]]]:
                 "the index's directory: do not use this checkpoint unless you know why"
             )
     names = sorted(set(weight_map.values()))
-    missing = [name for name in names if not (index.parent / name).is_file()]
+    # os.path and not pathlib, which raises for names that are too long or no Unicode.
+    missing = [
+        (n if n.isprintable() else repr(n))[:200]
+        for n in names
+        if not os.path.isfile(index.parent / n)
+    ]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise PresetError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -51,12 +52,27 @@ def info(
     with open_headers(preset, revision) as opened:
         tokenizer, reason = tokenizer_or_reason(lambda: tokenizer_of(opened))
         facts = {"preset": preset, **describe(opened, tokenizer, context or [], dtype)}
+        if opened.adapters:
+            facts["adapters"] = [_adapter(path) for path in opened.adapters]
     if reason is not None:
         terminal.note(f"there is no tokenizer: {reason}")
     if as_json:
         print(json.dumps(facts, indent=2, ensure_ascii=False))
     else:
         _print(facts)
+
+
+def _adapter(directory: Path) -> dict[str, Any]:
+    from puna.checkpoint.peft_config import CONFIG, AdapterConfig
+
+    config = AdapterConfig.read(directory / CONFIG)
+    files = [file for file in directory.iterdir() if file.name.startswith("adapter_model.")]
+    return {
+        "base": config.base_model_name_or_path,
+        "rank": config.r,
+        "alpha": config.lora_alpha,
+        "bytes": sum(file.stat().st_size for file in files),
+    }
 
 
 def _print(facts: dict[str, Any]) -> None:
@@ -86,6 +102,11 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, list[str]]]:
     embeddings = "embedding and head tied" if a["tied_embeddings"] else "head of its own"
     return [
         ("preset", [f"{facts['preset']}  ({facts['format']})"]),
+        *(
+            [("adapter", [_adapter_line(adapter) for adapter in facts["adapters"]])]
+            if "adapters" in facts
+            else []
+        ),
         (
             "architecture",
             [
@@ -114,6 +135,13 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, list[str]]]:
         ("stop tokens", [f"{s['id']}  {s['token']}" for s in facts["stop_tokens"]] or ["none"]),
         ("tokenizer", [_tokenizer_line(facts["tokenizer"])]),
     ]
+
+
+def _adapter_line(adapter: dict[str, Any]) -> str:
+    return (
+        f"{_size(adapter['bytes']):>9}  rank {adapter['rank']}, alpha {adapter['alpha']:g}, merged "
+        f"into {adapter['base']}, of which the rest is told"
+    )
 
 
 def _stored_line(name: str, kind: dict[str, int]) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 
 from puna.checkpoint import hub
 from puna.checkpoint.gguf_header import GGUFHeader, read_header
+from puna.checkpoint.hub_errors import Retries, explained, quiet_client
 from puna.checkpoint.hub_files import needed
 from puna.checkpoint.safetensors_writer import MAX_HEADER
 from puna.errors import PresetError, PunaError
@@ -51,25 +52,33 @@ def mirrored(address: str, revision: str | None, *, headers: bool = True) -> Ite
     if constants.HF_HUB_OFFLINE:
         yield hub.locate(address, weights=headers, revision=revision)
         return
-    sizes = _sizes(address, repository, revision)
+    cached = hub.in_cache(address, weights=headers, revision=revision)
+    try:
+        commit, sizes = hub.listed(address, revision, is_patient=cached is None)
+    except PresetError:
+        if cached is None:
+            raise
+        yield cached
+        return
+    if cached is not None and commit in cached.parts:
+        yield cached
+        return
     names = needed(sizes, weights=headers, file=wanted, where=f"{hub.SCHEME}{repository}")
     weights = [name for name in names if name.endswith(tuple(_FIRST))]
-    if weights and all(_is_cached(repository, name, revision) for name in weights):
-        yield hub.locate(address, weights=headers, revision=revision)
-        return
     if headers:
         _refuse_other_formats(address, names, weights)
     small = [name for name in names if name not in weights]
     with tempfile.TemporaryDirectory(prefix="puna-") as work:
         target = Path(work)
-        with _told(address):
+        retries = Retries(address)
+        with explained(address, repository, revision), quiet_client(retries):
             _copy(repository, small, revision, target)
 
         def mirror(name: str) -> None:
-            with _told(f"{address} ({name})"):
+            with explained(address, repository, revision):
                 file = target / name
                 file.parent.mkdir(parents=True, exist_ok=True)
-                _mirror(_Ranges(repository, name, revision), sizes[name], file)
+                _mirror(_Ranges(repository, name, commit, retries), sizes[name] or 0, file)
 
         with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="puna-headers") as pool:
             for _ in pool.map(mirror, weights):
@@ -80,28 +89,6 @@ def mirrored(address: str, revision: str | None, *, headers: bool = True) -> Ite
         except PunaError as error:
             # The mirror is nobody's business.
             raise type(error)(str(error).replace(str(target), address)) from error
-
-
-def _sizes(address: str, repository: str, revision: str | None) -> dict[str, int]:
-    """The repository's files and their sizes in bytes."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-    from huggingface_hub.hf_api import RepoFile
-
-    with _told(address):
-        try:
-            entries = list(HfApi().list_repo_tree(repository, recursive=True, revision=revision))
-        except (HfHubHTTPError, HFValidationError):
-            # `locate` meets the same refusal, and has the words for each.
-            hub.locate(address, weights=False, revision=revision)
-            raise
-    return {entry.path: entry.size for entry in entries if isinstance(entry, RepoFile)}
-
-
-def _is_cached(repository: str, name: str, revision: str | None) -> bool:
-    from huggingface_hub import try_to_load_from_cache
-
-    return isinstance(try_to_load_from_cache(repository, name, revision=revision), str)
 
 
 def _refuse_other_formats(address: str, names: list[str], weights: list[str]) -> None:
@@ -133,14 +120,25 @@ def _copy(repository: str, names: list[str], revision: str | None, target: Path)
 class _Ranges:
     """A file on the Hub, of which some bytes are asked for."""
 
-    def __init__(self, repository: str, name: str, revision: str | None):
+    def __init__(self, repository: str, name: str, commit: str, retries: Retries):
         from huggingface_hub import hf_hub_url
 
-        self.name = name
-        self._url = hf_hub_url(repository, name, revision=revision)
+        self.name, self._retries = name, retries
+        self._url = hf_hub_url(repository, name, revision=commit)
 
     def read(self, begin: int, end: int) -> bytes:
         """The bytes `[begin, end)`."""
+        failures = 0
+        while True:
+            try:
+                return self._read(begin, end)
+            except PresetError:
+                raise
+            except Exception as error:
+                failures += 1
+                self._retries.wait(error, failures)
+
+    def _read(self, begin: int, end: int) -> bytes:
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
         headers = build_hf_headers() | {
@@ -203,27 +201,3 @@ def _gguf_head(ranges: _Ranges, head: bytes, size: int) -> tuple[bytes, GGUFHead
                     f"{ranges.name} has no header that can be read: {error}"
                 ) from error
         head += ranges.read(len(head), min(size, 2 * len(head)))
-
-
-@contextlib.contextmanager
-def _told(what: str) -> Iterator[None]:
-    """The client's errors as ours, in one line. Names and access were settled by `hub.locate`."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        yield
-    except HfHubHTTPError as error:
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise PresetError(f"the Hub did not give {what} ({first}); try again later") from error
-    except PresetError:
-        raise
-    except Exception as error:
-        # The client's transport has exception types of its own, which it does not name for us.
-        library = type(error).__module__.partition(".")[0]
-        if library not in ("httpx", "httpx2", "httpcore") and not isinstance(error, OSError):
-            raise
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise PresetError(
-            f"the Hub could not be reached for {what} ({reason}); check the network, or give a "
-            "local directory"
-        ) from error
