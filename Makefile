@@ -1,6 +1,6 @@
 # The two commands to know: `make demo` and `make test`. Each sets up what it needs.
 .DEFAULT_GOAL := help
-.PHONY: help demo test check soak clean
+.PHONY: help demo test check soak fuzz clean
 
 # PyTorch's CPU wheel and the pinned tools are made for 3.11; any later Python runs the demo.
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
@@ -14,6 +14,7 @@ help:
 	@echo "make test    all checks and tests, on JAX, PyTorch and TensorFlow"
 	@echo "make check   format, lint, types, import direction, docstring examples"
 	@echo "make soak    the long acceptance runs"
+	@echo "make fuzz    40,000 broken and hostile files: each loads, or is refused in one line"
 	@echo "make clean   remove what the others made"
 
 # The demo needs little; tests need everything. Each keeps a stamp, so that a second run starts at once.
@@ -46,6 +47,9 @@ check: $(VENV)/.dev
 soak: $(VENV)/.dev
 	$(BIN)/python -m tests.assets
 	KERAS_BACKEND=jax $(RUN_TESTS) -m soak
+
+fuzz: $(VENV)/.dev
+	$(BIN)/python -m tests.fuzz
 
 clean:
 	rm -rf $(VENV) .cache build dist *.egg-info

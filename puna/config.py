@@ -316,8 +316,8 @@ class LlamaConfig:
     def _check_positive(self, *names: str):
         for name in names:
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{name} is {value!r}; expected a whole number above 0")
+            if type(value) is not int or not 0 < value < 2**31:
+                raise ConfigError(f"{name} is {value!r:.80}; expected a whole number above 0")
 
 
 def _refuse_unsupported(hf: Mapping[str, Any]) -> None:
@@ -335,6 +335,7 @@ def _refuse_unsupported(hf: Mapping[str, Any]) -> None:
             unknown.append(name)
     if unknown:
         warnings.warn(
-            f"config.json has fields that Puna does not know and ignores: {', '.join(unknown)}",
+            "config.json has fields that Puna does not know and ignores: "
+            + ", ".join(name if name.isprintable() else repr(name) for name in unknown),
             stacklevel=3,
         )

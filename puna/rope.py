@@ -88,6 +88,7 @@ class RopeConfig:
             raise ConfigError(f"the RoPE factor is {self.factor!r}; expected a number above 0")
         if self.rope_type == "llama3" and self.low_freq_factor == self.high_freq_factor:
             raise ConfigError("RoPE's low_freq_factor equals high_freq_factor; expected a band")
+        self._check_computes()
 
     def _check_types(self):
         for field in dataclasses.fields(self):
@@ -98,7 +99,21 @@ class RopeConfig:
             if field.name == "truncate" and not is_bool:
                 raise ConfigError(f"RoPE's truncate is {value!r}; expected true or false")
             if field.name != "truncate" and (is_bool or not isinstance(value, int | float)):
-                raise ConfigError(f"RoPE's {field.name} is {value!r}; expected a number")
+                raise ConfigError(f"RoPE's {field.name} is {value!r:.80}; expected a number")
+            if not 0 <= value < 1e30:  # neither NaN nor what float32 cannot hold
+                raise ConfigError(f"RoPE's {field.name} is {value!r:.80}; expected 0 to 1e30")
+
+    def _check_computes(self):
+        """Refuse numbers that are fine one by one, and together divide by zero or overflow."""
+        try:
+            with np.errstate(all="ignore"):
+                numbers = [*self.inverse_frequencies(8), self.attention_scaling]
+            fits = bool(np.isfinite(numbers).all()) and self.context_length(1) > 0
+        except (ArithmeticError, ValueError):
+            fits = False
+        if not fits:
+            given = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+            raise ConfigError(f"the RoPE settings {given!r:.300} give no finite frequencies")
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any], *, max_position_embeddings: int) -> RopeConfig:
@@ -111,7 +126,10 @@ class RopeConfig:
         Raises:
             ConfigError: for a type or a setting that we do not compute.
         """
-        settings = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
+        given = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+        if not isinstance(given, Mapping):
+            raise ConfigError(f"the RoPE settings are {given!r:.80}; expected an object")
+        settings = dict(given)
         old_name = settings.pop("type", None)
         settings.setdefault("rope_type", old_name or "default")
         settings.setdefault("rope_theta", hf.get("rope_theta") or cls.rope_theta)
@@ -119,7 +137,7 @@ class RopeConfig:
             raise ConfigError("partial_rotary_factor: a Llama rotates every feature of a head")
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(settings) - known):
-            raise ConfigError(f"unknown RoPE settings: {', '.join(unknown)}")
+            raise ConfigError(f"unknown RoPE settings: {unknown!r:.300}")
         if settings["rope_type"] in ("llama3", "yarn"):
             outer = hf.get("original_max_position_embeddings")
             inner = settings.get("original_max_position_embeddings")
@@ -138,12 +156,12 @@ class RopeConfig:
         pretraining_sequence_length: int | None,
     ) -> RopeConfig:
         """The settings that keras-hub's `rope_*` arguments describe."""
+        numbers = (int, float)  # what is none is refused below, where it is named
+        theta = float(theta) if type(theta) in numbers and theta < 1e30 else theta
         if frequency_adjustment_factor is None:
             if position_scaling_factor == 1.0:
-                return cls(rope_theta=float(theta))
-            return cls(
-                rope_type="linear", rope_theta=float(theta), factor=float(position_scaling_factor)
-            )
+                return cls(rope_theta=theta)
+            return cls(rope_type="linear", rope_theta=theta, factor=position_scaling_factor)
         if position_scaling_factor != 1.0:
             raise ConfigError(
                 "rope_position_scaling_factor and rope_frequency_adjustment_factor are both set; "
@@ -151,7 +169,7 @@ class RopeConfig:
             )
         return cls(
             rope_type="llama3",
-            rope_theta=float(theta),
+            rope_theta=theta,
             factor=frequency_adjustment_factor,
             low_freq_factor=low_freq_factor,
             high_freq_factor=high_freq_factor,

@@ -122,3 +122,15 @@ def _encode(
             f"The text is not valid Unicode, perhaps half a surrogate pair ({error}). Clean it: "
             'text.encode("utf-8", "replace").decode().'
         ) from error
+    except BaseException as error:
+        if not is_failure(error):
+            raise
+        raise TokenizerError(
+            f"The tokenizers library fails on a text ({' '.join(str(error).split())[:300]}). The "
+            "tokenizer's files are broken: download them again."
+        ) from error
+
+
+def is_failure(error: BaseException) -> bool:
+    """Whether it is an error, not an interrupt: a panic of Rust code is no `Exception`."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"

@@ -67,7 +67,7 @@ def settings_from_gguf(metadata: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         TokenizerError: a key is missing, or the vocabulary's kind or split rule is not known.
     """
-    tokens = list(_need(metadata, "tokens"))
+    tokens = _need_list(metadata, "tokens", str)
     if len(set(tokens)) != len(tokens):
         twice = sorted({token for token in tokens if tokens.count(token) > 1})[:5]
         raise TokenizerError(f"The GGUF vocabulary holds these tokens more than once: {twice!r}.")
@@ -78,14 +78,16 @@ def settings_from_gguf(metadata: Mapping[str, Any]) -> dict[str, Any]:
         backend, add_start = _sentencepiece(metadata, tokens)
     else:
         raise TokenizerError(
-            f"The GGUF file's tokenizer.ggml.model is {model!r}; Llama models have 'gpt2' "
+            f"The GGUF file's tokenizer.ggml.model is {model!r:.80}; Llama models have 'gpt2' "
             "(byte-level BPE) or 'llama' (SentencePiece BPE). Load the Hugging Face checkpoint."
         )
     _add_special_tokens(backend, metadata, tokens)
 
     def token(name: str) -> str | None:
         token_id = metadata.get(f"tokenizer.ggml.{name}_token_id")
-        return tokens[token_id] if token_id is not None and 0 <= token_id < len(tokens) else None
+        if not isinstance(token_id, int) or not 0 <= token_id < len(tokens):
+            return None
+        return tokens[token_id]
 
     start = token("bos")
     add_start = bool(metadata.get("tokenizer.ggml.add_bos_token", add_start)) and start is not None
@@ -113,10 +115,25 @@ def _need(metadata: Mapping[str, Any], name: str) -> Any:
     return metadata[key]
 
 
+def _need_list(metadata: Mapping[str, Any], name: str, *kinds: type) -> list[Any]:
+    """A list of which every item is of one of some types."""
+    value = _need(metadata, name)
+    if not isinstance(value, list) or not all(type(item) in kinds for item in value):
+        raise TokenizerError(
+            f"The GGUF file's tokenizer.ggml.{name} is {value!r:.80}; expected a list of "
+            f"{kinds[0].__name__}. The file is broken: convert the model again."
+        )
+    return value
+
+
 def _templates(metadata: Mapping[str, Any]) -> dict[str, str]:
     """The default chat template and the named ones."""
     prefix = "tokenizer.chat_template"
     found = {key: value for key, value in metadata.items() if key.startswith(prefix)}
+    found.pop(f"{prefix}s", None)  # the names of the others
+    for key, value in found.items():
+        if not isinstance(value, str):
+            raise TokenizerError(f"The GGUF file's {key} is {value!r:.80}; expected a text.")
     named = {
         key[len(prefix) + 1 :]: text for key, text in found.items() if key[len(prefix) :][:1] == "."
     }
@@ -128,15 +145,22 @@ def _byte_level(
 ) -> tuple[tokenizers.Tokenizer, bool]:
     """Byte-level BPE, split by the file's own rule."""
     pre = metadata.get("tokenizer.ggml.pre", "default")
-    if pre not in _PRE_RULES:
+    if not isinstance(pre, str) or pre not in _PRE_RULES:
         raise TokenizerError(
-            f"The GGUF file's tokenizer.ggml.pre is {pre!r}, a way of splitting text that Puna "
+            f"The GGUF file's tokenizer.ggml.pre is {pre!r:.80}, a way of splitting text that Puna "
             f"does not know; it knows {', '.join(sorted(_PRE_RULES))}. Guessing would give wrong "
             "ids: load the tokenizer from the model's Hugging Face directory."
         )
     rule = _PRE_RULES[pre]
     # a merge's left part may itself begin with a space, its right part may not hold one
-    merges = [(m[: m.index(" ", 1)], m[m.index(" ", 1) + 1 :]) for m in _need(metadata, "merges")]
+    pairs = _need_list(metadata, "merges", str)
+    wrong = next((pair for pair in pairs if " " not in pair[1:]), None)
+    if wrong is not None:
+        raise TokenizerError(
+            f"The GGUF file's merge {wrong!r:.80} is not two tokens with a space between them. "
+            "The file is broken: convert the model again."
+        )
+    merges = [(m[: m.index(" ", 1)], m[m.index(" ", 1) + 1 :]) for m in pairs]
     backend = _backend(tokens, merges, ignore_merges=rule.ignore_merges)
     if rule.nfc:
         backend.normalizer = normalizers.NFC()
@@ -151,9 +175,16 @@ def _sentencepiece(
     """SentencePiece BPE: merges by score, unknown characters as bytes, spaces as `▁`."""
     types = _types(metadata, tokens)
     unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
+    given = _need_list(metadata, "scores", float, int)
+    if len(given) != len(tokens) or type(unknown) is not int or not 0 <= unknown < len(tokens):
+        raise TokenizerError(
+            f"The GGUF file has {len(tokens)} tokens, {len(given)} scores and the unknown token "
+            f"{unknown!r:.80}; expected a score for each and one of them. The file is broken: "
+            "convert the model again."
+        )
     scores = {
         token: score
-        for token, score, kind in zip(tokens, _need(metadata, "scores"), types, strict=True)
+        for token, score, kind in zip(tokens, given, types, strict=True)
         # merging must not make a control token out of its letters
         if kind not in (_UNKNOWN, _CONTROL, _USER_DEFINED)
     }
@@ -203,7 +234,7 @@ def _backend(
 
 
 def _types(metadata: Mapping[str, Any], tokens: list[str]) -> list[int]:
-    types = list(_need(metadata, "token_type"))
+    types = _need_list(metadata, "token_type", int)
     if len(types) != len(tokens):
         raise TokenizerError(
             f"The GGUF file has {len(tokens)} tokens but {len(types)} token types; expected one "

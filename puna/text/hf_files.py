@@ -10,6 +10,7 @@ import tokenizers
 from tokenizers import AddedToken
 
 from puna.errors import TokenizerError
+from puna.text.encoder import is_failure
 from puna.text.keras_hub_tokenizer import ASSETS, settings_from_keras_hub
 from puna.text.tiktoken import BEGIN_OF_TEXT, END_OF_TEXT, backend_from_tiktoken, is_tiktoken_file
 
@@ -52,6 +53,11 @@ def settings_from_directory(path: Path) -> dict[str, Any]:
 
     def token(name: str) -> str | None:
         found = _content(config.get(name)) or _content(special.get(name))
+        if found is not None and not (isinstance(found, str) and _is_unicode(found)):
+            raise TokenizerError(
+                f"{path} says that its {name} is {found!r:.80}; expected a text. Correct "
+                "tokenizer_config.json or special_tokens_map.json, or download both again."
+            )
         ids = _ids(model.get(f"{name}_id")) or _ids(generation.get(f"{name}_id"))
         return found or (backend.id_to_token(ids[0]) if ids else None)
 
@@ -96,7 +102,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise TokenizerError(f"{path} is not valid JSON: {error}. Download it again.") from error
     if not isinstance(value, dict):
         raise TokenizerError(f"{path} holds a {type(value).__name__}; expected a JSON object.")
@@ -105,10 +111,15 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_backend(path: Path) -> tokenizers.Tokenizer:
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+        backend.encode("a")  # some parts fail only when they are used
+        return backend
+    except BaseException as error:
+        if not is_failure(error):
+            raise
+        reason = " ".join(str(error).split())[:500]
         raise TokenizerError(
-            f"{path} cannot be read by the tokenizers library {tokenizers.__version__}: {error}. "
+            f"{path} cannot be read by the tokenizers library {tokenizers.__version__}: {reason}. "
             "Download the file again, or upgrade the library if the file is newer."
         ) from error
 
@@ -136,15 +147,22 @@ def _add_missing_tokens(
 ) -> None:
     """Add the tokens that only `tokenizer_config.json` lists, as transformers does."""
     known = backend.get_added_tokens_decoder()
-    for token_id, fields in sorted(decoder.items(), key=lambda item: int(item[0])):
-        if int(token_id) in known and known[int(token_id)].content == fields["content"]:
+    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    listed: dict[int, AddedToken] = {}
+    try:
+        for key, fields in decoder.items():
+            given = {flag: fields[flag] for flag in flags if flag in fields}
+            listed[int(key)] = AddedToken(fields["content"], **given)
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+        raise TokenizerError(
+            f"{path / 'tokenizer_config.json'} has a malformed added_tokens_decoder "
+            f"({type(error).__name__}: {error!s:.200}). Download it again."
+        ) from error
+    for token_id, token in sorted(listed.items(), key=lambda item: item[0]):
+        if token_id in known and known[token_id].content == token.content:
             continue
-        flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
-        token = AddedToken(
-            fields["content"], **{flag: fields[flag] for flag in flags if flag in fields}
-        )
         backend.add_tokens([token])
-        if backend.token_to_id(token.content) != int(token_id):
+        if backend.token_to_id(token.content) != token_id:
             raise TokenizerError(
                 f"{path / 'tokenizer_config.json'} gives {token.content!r} the id {token_id}, but "
                 f"tokenizer.json gives it {backend.token_to_id(token.content)}. The two files are "
@@ -155,20 +173,40 @@ def _add_missing_tokens(
 def _read_templates(path: Path, config: dict[str, Any]) -> dict[str, str]:
     """Chat templates by name; files win over the config."""
     inline = config.get("chat_template")
+    templates: dict[str, str] = {}
     if isinstance(inline, str):
         templates = {"default": inline}
+    elif isinstance(inline, dict):
+        templates = dict(inline)
     elif isinstance(inline, list):
-        templates = {entry["name"]: entry["template"] for entry in inline}
-    else:
-        templates = dict(inline or {})
+        for entry in inline:
+            named = entry if isinstance(entry, dict) else {}
+            templates[str(named.get("name"))] = named.get("template", "")
+    if not all(isinstance(template, str) for template in templates.values()) or None in templates:
+        raise TokenizerError(
+            f"{path / 'tokenizer_config.json'} has a chat_template that is no text. Download it "
+            "again."
+        )
     if (path / "chat_template.jinja").is_file():
-        templates["default"] = (path / "chat_template.jinja").read_bytes().decode()
+        templates["default"] = _read_text(path / "chat_template.jinja")
     for file in sorted(path.glob("additional_chat_templates/*.jinja")):
-        templates[file.stem] = file.read_bytes().decode()
+        templates[file.stem] = _read_text(file)
     return templates
 
 
-def _content(token: Any) -> str | None:
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise TokenizerError(f"{path} is not UTF-8 text: {error}. Download it again.") from error
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it has no half of a surrogate pair, which JSON can say and the library not take."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _content(token: Any) -> Any:
     """A token's text where a config gives it plainly or as a serialized `AddedToken`."""
     return token.get("content") if isinstance(token, dict) else token
 
@@ -176,4 +214,4 @@ def _content(token: Any) -> str | None:
 def _ids(value: Any) -> list[int]:
     """One id, several or none, as a list; transformers writes -1 for "none" at times."""
     ids = value if isinstance(value, list) else [value]
-    return [token_id for token_id in ids if isinstance(token_id, int) and token_id >= 0]
+    return [token_id for token_id in ids if isinstance(token_id, int) and 0 <= token_id < 2**31]

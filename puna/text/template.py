@@ -21,7 +21,6 @@ loses them, which is noticed by rendering the conversation with harmless content
 from __future__ import annotations
 
 import datetime
-import json
 import re
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,11 +29,11 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
-import jinja2.sandbox
-import jinja2.utils
 from jinja2 import nodes
 
 from puna.errors import TemplateError
+from puna.text.budget import TooMuch, bounded
+from puna.text.sandbox import MAX_SOURCE, Sandbox, to_json
 
 # String methods and filters whose arguments are looked for in text, not written out.
 _SEARCHES = frozenset(
@@ -76,7 +75,9 @@ class ChatTemplate:
         Raises:
             TemplateError: the template refuses the conversation or fails on it.
         """
-        return self._run(self._template, _conversation(messages), _variables(variables))
+        chat, given = _given(messages, variables)
+        with bounded([chat, given]):
+            return self._run(self._template, chat, given)
 
     def segments(
         self, messages: Sequence[Mapping[str, Any]], **variables: Any
@@ -92,9 +93,11 @@ class ChatTemplate:
         Raises:
             TemplateError: as for `render`, or special tokens cannot be told apart (see above).
         """
-        chat, given = _conversation(messages), _variables(variables)
-        segments, strays = self._marked(chat, given)
-        if strays and (lost := self._marked_harmless(chat, given)):
+        chat, given = _given(messages, variables)
+        with bounded([chat, given]):
+            segments, strays = self._marked(chat, given)
+            lost = self._marked_harmless(chat, given) if strays else []
+        if lost:
             raise TemplateError(
                 f"The chat template makes the special token {lost[0]!r} from parts, so it cannot "
                 "be told from one that a message contains. Write it whole in the template. If you "
@@ -139,11 +142,17 @@ class ChatTemplate:
     def _run(self, template: jinja2.Template, chat: list[Any], given: dict[str, Any]) -> str:
         try:
             return template.render(**{**given, "messages": chat})
+        except TooMuch as error:
+            raise TemplateError(
+                f"The chat template does too much: {_line(error)}. No chat template needs that: "
+                "do not use it, pass another."
+            ) from error
         except jinja2.TemplateError as error:
-            raise TemplateError(f"The chat template refuses: {error.message or error}") from error
+            raise TemplateError(f"The chat template refuses: {_line(error)}") from error
         except Exception as error:
             raise TemplateError(
-                f"The chat template fails on this conversation: {type(error).__name__}: {error}. "
+                f"The chat template fails on this conversation: {type(error).__name__}: "
+                f"{_line(error)}. "
                 "Check that roles and contents are what the template reads."
             ) from error
 
@@ -248,6 +257,21 @@ def _searches(callee: nodes.Node) -> bool:
 # What templates may see
 
 
+def _given(messages: Any, variables: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """The conversation and the variables, in JSON's types."""
+    try:
+        return _conversation(messages), _variables(variables)
+    except RecursionError:
+        raise TemplateError(
+            "The messages or variables hold themselves, or are nested more than Python can follow; "
+            "expected what JSON can say."
+        ) from None
+
+
+# What a message's reasoning is called; transformers shows it to templates under the first two.
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+
+
 def _conversation(messages: Any) -> list[Any]:
     """Messages rebuilt from plain JSON types; None-valued keys are left out, as in transformers."""
     if isinstance(messages, Mapping | str | bytes) or not isinstance(messages, Iterable):
@@ -262,7 +286,11 @@ def _conversation(messages: Any) -> list[Any]:
                 f"Message {place} is a {type(message).__name__}; expected a mapping such as "
                 '{"role": "user", "content": "Hello"}.'
             )
-        chat.append({key: _plain(value) for key, value in message.items() if value is not None})
+        turn = {key: _plain(value) for key, value in message.items() if value is not None}
+        reasoning = next((turn[name] for name in _REASONING if name in turn), None)
+        if reasoning is not None:
+            turn = {"thinking": reasoning, **turn, "reasoning_content": reasoning}
+        chat.append(turn)
     return chat
 
 
@@ -300,77 +328,73 @@ def _harmless(value: Any, steers: bool = False) -> Any:
     return [_harmless(item, steers) for item in value] if isinstance(value, list) else value
 
 
-class _Namespace(jinja2.utils.Namespace):
-    """Jinja's `namespace`, without attributes that reach into Python."""
-
-    def __init__(*args: Any, **attributes: Any):
-        self, *given = args
-        values = dict(*given, **attributes)
-        for name in values:
-            _refuse_private(name)
-        jinja2.utils.Namespace.__init__(self, values)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _refuse_private(name)
-        super().__setitem__(name, value)
-
-
-def _refuse_private(name: str) -> None:
-    if name.startswith("_"):
-        raise jinja2.exceptions.SecurityError(f"a namespace has no attribute {name!r}")
-
-
 class _GenerationTag(jinja2.ext.Extension):
     """Accepts `{% generation %}...{% endgeneration %}`, which marks what the assistant wrote."""
 
     tags = {"generation"}  # noqa: RUF012 (Jinja reads it so)
 
-    def parse(self, parser: Any) -> list[nodes.Node]:
-        """The body, as if the tag were not there."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    def parse(self, parser: Any) -> nodes.Node:
+        """The body, with variables of its own: in transformers it is a call block."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)
 
 
 def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """JSON that is not escaped for HTML, as Jinja's own filter would."""
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
-
-
 @lru_cache(maxsize=1)
-def _environment() -> jinja2.Environment:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+def _environment() -> Sandbox:
+    environment = Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
     )
-    environment.filters["tojson"] = _to_json
+    environment.add_filter("tojson", to_json)
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["namespace"] = _Namespace
     return environment
+
+
+def _parse(source: str) -> nodes.Template:
+    """The template's tree.
+
+    Raises:
+        TemplateError: it is not Jinja, or larger or more nested than any chat template.
+    """
+    if len(source) > MAX_SOURCE:
+        raise TemplateError(
+            f"The chat template has {len(source)} characters; expected at most {MAX_SOURCE}."
+        )
+    try:
+        return _environment().parse(source)
+    except jinja2.TemplateError as error:
+        line = getattr(error, "lineno", None)
+        where = f" in line {line}" if line else ""
+        raise TemplateError(
+            f"The chat template is not valid Jinja{where}: {_line(error)}."
+        ) from error
+    except (RecursionError, ValueError, OverflowError) as error:
+        raise TemplateError(f"The chat template cannot be parsed: {_line(error)}.") from error
+
+
+def _finish(tree: nodes.Template) -> jinja2.Template:
+    """Compile a tree; Python has limits to nesting that Jinja has not."""
+    try:
+        return _environment().compile_bounded(tree)
+    except jinja2.TemplateError as error:
+        raise TemplateError(f"The chat template is not valid Jinja: {_line(error)}.") from error
+    except (RecursionError, SyntaxError, ValueError, OverflowError, MemoryError) as error:
+        raise TemplateError(f"The chat template cannot be compiled: {_line(error)}.") from error
+
+
+def _line(error: Exception) -> str:
+    """An error's message in one line, not too long."""
+    message = getattr(error, "message", None) or str(error) or type(error).__name__
+    return " ".join(str(message).split())[:500]
 
 
 @lru_cache(maxsize=64)
 def _compile(source: str) -> jinja2.Template:
-    try:
-        return _environment().from_string(source)
-    except jinja2.TemplateError as error:
-        line = getattr(error, "lineno", None)
-        where = f" in line {line}" if line else ""
-        raise TemplateError(f"The chat template is not valid Jinja{where}: {error}.") from error
+    return _finish(_parse(source))
 
 
 @lru_cache(maxsize=16)
@@ -380,6 +404,6 @@ def _marks_of(special_tokens: tuple[str, ...]) -> _Marks:
 
 @lru_cache(maxsize=64)
 def _compile_marked(source: str, special_tokens: tuple[str, ...]) -> jinja2.Template:
-    tree = _environment().parse(source)
+    tree = _parse(source)
     _mark_literals(tree, _marks_of(special_tokens).mark)
-    return _environment().from_string(tree)
+    return _finish(tree)

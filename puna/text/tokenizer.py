@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -13,6 +13,7 @@ import tokenizers
 from tokenizers import processors
 
 from puna.errors import TemplateError, TokenizerError
+from puna.text.added_tokens import list_in_config, new_tokens
 from puna.text.encoder import Encoder
 from puna.text.gguf_tokenizer import settings_from_gguf
 from puna.text.hf_files import settings_from_directory, write_directory
@@ -76,12 +77,8 @@ class Tokenizer:
         named = {"default": chat_template} if isinstance(chat_template, str) else chat_template
         self.chat_templates: dict[str, str] = dict(named or {})
         self._set_start(add_start_token)
-
-        added = backend.get_added_tokens_decoder()
-        self.special_token_ids = sorted(i for i, token in added.items() if token.special)
-        named_ids = {self.start_token_id, self.end_token_id, *self.stop_token_ids} - {None}
-        self._encoder = Encoder(backend, named_ids | set(self.special_token_ids))
         self._decoding = Decoding(backend)
+        self._read_added_tokens()
 
     # Where a tokenizer comes from and goes to
 
@@ -222,10 +219,17 @@ class Tokenizer:
         texts = self._backend.decode_batch(rows, skip_special_tokens=skip_special_tokens)
         return texts if batched else texts[0]
 
-    def stream_decoder(self, *, skip_special_tokens: bool = False) -> StreamDecoder:
+    def stream_decoder(
+        self, *, skip_special_tokens: bool = False, keep: Collection[str] = ()
+    ) -> StreamDecoder:
         """A decoder that takes one id at a time and gives whole characters as they complete.
 
         The pieces of `push` and the last of `flush` joined are `detokenize` of all the ids.
+
+        Args:
+            skip_special_tokens: whether to leave special tokens out.
+            keep: texts of special tokens that are not left out nevertheless; those that the
+                vocabulary lacks do not matter.
 
         Example:
             decoder = tokenizer.stream_decoder()
@@ -234,12 +238,15 @@ class Tokenizer:
             print(decoder.flush())
         """
         skip = frozenset(self.special_token_ids if skip_special_tokens else ())
+        skip -= {self._backend.token_to_id(token) for token in keep}
         if self._decoding.kind == "byte_level":
             return ByteLevelStream(self._backend.id_to_token, skip)
         if self._decoding.kind == "byte_fallback":
             return ByteFallbackStream(self._decoding, self._backend.id_to_token, skip)
         return WindowStream(
-            lambda ids: self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+            lambda ids: self._backend.decode(
+                [token_id for token_id in ids if token_id not in skip], skip_special_tokens=False
+            )
         )
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -275,6 +282,30 @@ class Tokenizer:
                 f"No token has the id {token_id}; ids go from 0 to {self.vocabulary_size() - 1}."
             )
         return token
+
+    def add_tokens(self, tokens: str | Iterable[str], *, special: bool = False) -> int:
+        """Add tokens after the largest id; the model needs rows for them (`model.add_tokens`).
+
+        Args:
+            tokens: their texts. A text that contains one, anywhere, is split there. Those that
+                the vocabulary has already are left as they are.
+            special: whether they are control tokens, which decoding may leave out and which no
+                plain text makes. Start, end and stop tokens stay what they are.
+
+        Returns:
+            How many were new.
+
+        Raises:
+            TokenizerError: a token is empty or no text, or ids of the vocabulary are unused, so
+                that no id can be given; nothing is added then.
+        """
+        wanted = [tokens] if isinstance(tokens, str) else list(tokens)
+        new = new_tokens(self._backend, wanted, self.vocabulary_size(), special)
+        if new:
+            self._backend.add_tokens(list(new.values()))
+            list_in_config(self.config, new)
+            self._read_added_tokens()
+        return len(new)
 
     def vocabulary_size(self) -> int:
         """One more than the largest id, added tokens included."""
@@ -354,6 +385,14 @@ class Tokenizer:
         return ChatTemplate(self.chat_templates.get(name, name), tuple(self._encoder.added))
 
     # Construction
+
+    def _read_added_tokens(self) -> None:
+        """Make what depends on the backend's added tokens, which may have changed."""
+        added = self._backend.get_added_tokens_decoder()
+        self.special_token_ids = sorted(i for i, token in added.items() if token.special)
+        named_ids = {self.start_token_id, self.end_token_id, *self.stop_token_ids} - {None}
+        self._encoder = Encoder(self._backend, named_ids | set(self.special_token_ids))
+        self.__dict__.pop("_vocabulary_size", None)
 
     def _id_or_none(self, token: str | None) -> int | None:
         return None if token is None else self.token_to_id(token)

@@ -8,18 +8,29 @@ from __future__ import annotations
 import ast
 import json
 import re
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 PYTHON_TAG = "<|python_tag|>"
 
-_BUILT_IN = re.compile(r"^(brave_search|wolfram_alpha)\.call\(\s*query\s*=\s*(.+)\)$", re.S)
-_TAGGED = re.compile(r"<function=([\w.-]+)>(.*?)</function>", re.S)
+_END_TOKENS = ("<|eom_id|>", "<|eot_id|>", "<|end_of_text|>")
+_BUILT_IN = ("brave_search", "wolfram_alpha")
+_TAGGED = re.compile(r"<function=([\w.-]+)>")
+_END_OF_TAGGED = "</function>"
+
+# Characters of Python that are parsed. No call is near this long, and the parser takes seconds and
+# hundreds of bytes a character for what is.
+_LONGEST_PYTHON = 100_000
+# What parsing and reading Python raises on text that is not what we read.
+_NOT_PYTHON = (SyntaxError, ValueError, TypeError, RecursionError, MemoryError)
 
 
 @dataclass(frozen=True)
 class ToolCall:
     """A call that the model asks for.
+
+    What the model says is not checked against the tools' schemas: do so before you act on it.
 
     Args:
         name: the tool's name.
@@ -39,8 +50,13 @@ def parse_tool_calls(answer: str) -> list[ToolCall]:
     A `<|python_tag|>` before them and end tokens after them are skipped. Code after the tag that is
     no call is returned as a call of `python` with the argument `code`, as Llama 3.1 means it.
 
+    Nothing is evaluated, and no text makes it raise.
+
     Args:
         answer: the model's text, with or without its special tokens.
+
+    Returns:
+        The calls, in order.
 
     >>> parse_tool_calls('{"name": "weather", "parameters": {"city": "Puno"}}')
     [ToolCall(name='weather', arguments={'city': 'Puno'})]
@@ -49,13 +65,26 @@ def parse_tool_calls(answer: str) -> list[ToolCall]:
     >>> parse_tool_calls("It is [rather] cold.")
     []
     """
-    text = re.sub(r"<\|(?:eom_id|eot_id|end_of_text)\|>", "", answer).strip()
+    text = _without_end(answer)
     tagged = text.startswith(PYTHON_TAG)
     text = text.removeprefix(PYTHON_TAG).strip()
     for read in (_json_calls, _tagged_calls, _pythonic_calls, _built_in_calls):
         if calls := read(text):
             return calls
     return [ToolCall("python", {"code": text})] if tagged and text else []
+
+
+def _without_end(answer: str) -> str:
+    """The answer without the white space and the end tokens after it, and without that before."""
+    end = len(answer)
+    while end:
+        if answer[end - 1].isspace():
+            end -= 1
+        elif answer.endswith(_END_TOKENS, 0, end):
+            end = answer.rindex("<|", 0, end)
+        else:
+            break
+    return answer[:end].lstrip()
 
 
 def _json_calls(text: str) -> list[ToolCall]:
@@ -70,9 +99,14 @@ def _json_calls(text: str) -> list[ToolCall]:
             if call is None:
                 return []
             calls.append(call)
-        while place < len(text) and (text[place].isspace() or text[place] in ";,"):
-            place += 1
+        place = _after_separators(text, place)
     return calls
+
+
+def _after_separators(text: str, place: int) -> int:
+    while place < len(text) and (text[place].isspace() or text[place] in ";,"):
+        place += 1
+    return place
 
 
 def _json_call(value: Any) -> ToolCall | None:
@@ -84,21 +118,26 @@ def _json_call(value: Any) -> ToolCall | None:
     if isinstance(arguments, str):  # OpenAI's form: JSON within JSON
         try:
             arguments = json.loads(arguments)
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
     return ToolCall(value["name"], arguments) if isinstance(arguments, dict) else None
 
 
 def _tagged_calls(text: str) -> list[ToolCall]:
-    calls = []
-    for name, body in _TAGGED.findall(text):
+    place, calls = 0, []
+    while place < len(text):
+        tag = _TAGGED.match(text, place)
+        end = text.find(_END_OF_TAGGED, place)
+        if tag is None or end < tag.end():
+            return []
         try:
-            arguments = json.loads(body or "{}")
-        except ValueError:
+            arguments = json.loads(text[tag.end() : end].strip() or "{}")
+        except (ValueError, RecursionError):
             return []
         if not isinstance(arguments, dict):
             return []
-        calls.append(ToolCall(name, arguments))
+        calls.append(ToolCall(tag[1], arguments))
+        place = _after_separators(text, end + len(_END_OF_TAGGED))
     return calls
 
 
@@ -106,11 +145,31 @@ def _pythonic_calls(text: str) -> list[ToolCall]:
     if not (text.startswith("[") and text.endswith("]")):
         return []
     try:
-        tree = ast.parse(text, mode="eval").body
+        tree = _expression(text)
         elements = tree.elts if isinstance(tree, ast.List) else []
         return [_python_call(element) for element in elements]
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+    except _NOT_PYTHON:
         return []
+
+
+def _built_in_calls(text: str) -> list[ToolCall]:
+    """`brave_search.call(query="...")`, as Llama 3.1 writes after a `<|python_tag|>`."""
+    if not text.startswith(tuple(f"{name}.call(" for name in _BUILT_IN)):
+        return []
+    try:
+        call = _python_call(_expression(text))
+    except _NOT_PYTHON:
+        return []
+    return [ToolCall(call.name.removesuffix(".call"), call.arguments)] if call.arguments else []
+
+
+def _expression(text: str) -> ast.expr:
+    """Python's syntax tree of an expression; nothing is run."""
+    if len(text) > _LONGEST_PYTHON:
+        raise ValueError("too long to be a call")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of escapes such as "\d", which models write
+        return ast.parse(text, mode="eval").body
 
 
 def _python_call(node: ast.expr) -> ToolCall:
@@ -120,16 +179,26 @@ def _python_call(node: ast.expr) -> ToolCall:
     for keyword in node.keywords:
         if keyword.arg is None:
             raise ValueError("a starred argument has no name")
-        arguments[keyword.arg] = ast.literal_eval(keyword.value)
-    return ToolCall(ast.unparse(node.func), arguments)
+        arguments[keyword.arg] = _json_value(ast.literal_eval(keyword.value))
+    return ToolCall(_dotted_name(node.func), arguments)
 
 
-def _built_in_calls(text: str) -> list[ToolCall]:
-    match = _BUILT_IN.match(text)
-    if match is None:
-        return []
-    try:
-        query = ast.literal_eval(match[2].strip())
-    except (SyntaxError, ValueError):
-        return []
-    return [ToolCall(match[1], {"query": query})]
+def _dotted_name(node: ast.expr) -> str:
+    names = []
+    while isinstance(node, ast.Attribute):
+        names.append(node.attr)
+        node = node.value
+    if not isinstance(node, ast.Name):
+        raise ValueError("a tool is called by its name")
+    return ".".join([node.id, *reversed(names)])
+
+
+def _json_value(value: Any) -> Any:
+    """A literal of Python's as JSON has it."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [_json_value(item) for item in value]
+    if isinstance(value, dict) and all(isinstance(name, str) for name in value):
+        return {name: _json_value(item) for name, item in value.items()}
+    raise ValueError("JSON has no such value")
