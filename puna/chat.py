@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import warnings
 from collections.abc import Generator, Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from puna.errors import ContextLengthError
-from puna.text.tool_calls import ToolCall, parse_tool_calls
+from puna.text.tool_calls import PYTHON_TAG, ToolCall, parse_tool_calls
 
 if TYPE_CHECKING:
     from puna.models import Llama3CausalLM
@@ -104,7 +105,8 @@ class ChatState:
             prefill: how the answer shall begin; it is part of what is returned.
 
         Returns:
-            The answer, without the tokens that end it.
+            The answer, without the tokens that end it. Of other special tokens only the
+            `<|python_tag|>` before code and calls of tools is kept.
 
         Raises:
             ContextLengthError: the conversation does not fit; it is as it was before the call.
@@ -138,20 +140,23 @@ class ChatState:
             self.history = [*turns, _message("assistant", "".join(said))]
             self.dropped_turns += dropped
 
-        pieces = self.model.stream(prompt, **self._bounds())
-        try:
-            for piece in itertools.chain([prefill] if prefill else [], pieces):
-                said.append(piece)
-                yield piece
-        except (GeneratorExit, KeyboardInterrupt):
-            keep()
-            raise
+        # Llama 3.1 marks code and calls with this token; without it code would look like prose.
+        pieces = self.model.stream(prompt, keep_special_tokens=(PYTHON_TAG,), **self._bounds())
+        with contextlib.closing(pieces):
+            try:
+                for piece in itertools.chain([prefill] if prefill else [], pieces):
+                    said.append(piece)
+                    yield piece
+            except (GeneratorExit, KeyboardInterrupt):
+                keep()
+                raise
         keep()
 
     def _bounds(self) -> dict[str, Any]:
         """The answer may take what is left of the context, where the caller sets no bound."""
-        if {"max_length", "max_new_tokens"} & self.generation.keys():
-            return self.generation
+        given = self.generation
+        if given.get("max_length") is not None or given.get("max_new_tokens") is not None:
+            return given
         return {**self.generation, "max_length": self.model.config.context_length}
 
     def _fitting(self, turns: list[Message], prefill: str) -> tuple[list[Message], np.ndarray, int]:

@@ -7,10 +7,11 @@ bounds the version of Keras, and tests/unit/test_build.py fails where they chang
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 from keras.src.backend.common import global_state
 
 _PENDING = "uninitialized_variables"
@@ -41,3 +42,43 @@ def mark_initialized(variable: Any) -> None:
 def initialize_at_random(variable: Any) -> None:
     """Give a variable that was built in `abstract` its initializer's value."""
     variable._deferred_initialize()
+
+
+def replace_weight(layer: Any, attribute: str, value: np.ndarray) -> None:
+    """Put a variable of another shape in the place of a built layer's, where Keras looks for it.
+
+    It has the old one's path, dtype and trainable flag. A built layer's variables are locked and
+    its name scope is closed, hence the private names.
+
+    Args:
+        layer: a built layer.
+        attribute: the weight's attribute, which is the variable's name too.
+        value: of the new variable; it is copied.
+    """
+    old = getattr(layer, attribute)
+    tracked_as_trainable = any(variable is old for variable in layer._trainable_variables)
+    layer._untrack_variable(old)
+    layer._tracker.unlock()
+    try:
+        with layer._open_name_scope():
+            new = layer.add_weight(
+                name=old.name,
+                shape=value.shape,
+                initializer=lambda shape, dtype=None: value,
+                dtype=old._dtype,
+                trainable=tracked_as_trainable,
+                autocast=old._autocast,
+            )
+        setattr(layer, attribute, new)
+    finally:
+        layer._tracker.lock()
+    new.trainable = old.trainable
+
+
+def is_built_for(optimizer: Any, variables: Sequence[Any]) -> bool:
+    """Whether an optimizer, if it has been used at all, knows all of these variables."""
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # LossScaleOptimizer
+    if optimizer is None or not optimizer.built:
+        return True
+    known = {id(variable) for variable in optimizer._trainable_variables}
+    return all(id(variable) in known for variable in variables)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,8 +68,11 @@ def stream(
     preprocessor: CausalLMPreprocessor,
     inputs: Any,
     generation: Generation,
-) -> Iterator[str]:
+    keep_special_tokens: Sequence[str] = (),
+) -> Generator[str, None, None]:
     """The completion of one prompt in pieces of text, as it is made; see `answer`.
+
+    Of special tokens only `keep_special_tokens` show in it.
 
     Raises:
         TokenizerError: there is not one prompt, and as `answer` raises.
@@ -79,7 +82,7 @@ def stream(
         raise TokenizerError(f"stream was given {len(rows)} prompts; expected one")
     prompt = _prompt(0, rows[0], config, preprocessor, generation)
     stops = _stop_token_ids(config, preprocessor, generation.stop_token_ids)
-    text = preprocessor.tokenizer.stream_decoder(skip_special_tokens=True)
+    text = preprocessor.tokenizer.stream_decoder(skip_special_tokens=True, keep=keep_special_tokens)
     for tokens_B, _ in decoder.stream([prompt], sampler=generation.sampler, stop_token_ids=stops):
         if piece := text.push(int(tokens_B[0])):
             yield piece

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import keras
@@ -20,6 +20,7 @@ from puna.layers.cache import Cache
 from puna.layers.linear import Linear
 from puna.models.backbone import Llama3Backbone
 from puna.models.preprocessor import Llama3CausalLMPreprocessor
+from puna.models.vocabulary import ResizableVocabulary
 from puna.text.tokenizer import Tokenizer
 from puna.tuning.data import Preprocessed, contains_text
 
@@ -64,7 +65,7 @@ class CausalLM(keras.Model):
 
 
 @keras.saving.register_keras_serializable(package="puna")
-class Llama3CausalLM(CausalLM):
+class Llama3CausalLM(ResizableVocabulary, CausalLM):
     """A Llama that predicts the next token.
 
     Called on `{"token_ids", "padding_mask"}`, each `[B, T]`, it returns logits `[B, T, V]` in
@@ -262,7 +263,8 @@ class Llama3CausalLM(CausalLM):
         *,
         max_new_tokens: int | None = None,
         sampler: str | samplers.Sampler | None = None,
-    ) -> Iterator[str]:
+        keep_special_tokens: Sequence[str] = (),
+    ) -> Generator[str, None, None]:
         """Continue one prompt, and give the completion in pieces as it is made.
 
         The pieces joined are what `generate(..., strip_prompt=True)` returns; none ends within a
@@ -271,6 +273,8 @@ class Llama3CausalLM(CausalLM):
         Args:
             prompt: a string, or token ids (1-D).
             max_length, stop_token_ids, max_new_tokens, sampler: as in `generate`.
+            keep_special_tokens: special tokens that are not left out of the text, such as
+                `<|python_tag|>`; those that the tokenizer lacks do not matter.
 
         Yields:
             Text, never empty.
@@ -286,7 +290,9 @@ class Llama3CausalLM(CausalLM):
             sampler=self.sampler if sampler is None else samplers.get(sampler),
         )
         preprocessor = self._require_preprocessor("preprocessor, which makes text of tokens")
-        return stream(self._decoder, self.config, preprocessor, prompt, generation)
+        return stream(
+            self._decoder, self.config, preprocessor, prompt, generation, keep_special_tokens
+        )
 
     def fit(self, x: Any = None, y: Any = None, **kwargs: Any) -> Any:
         """Keras's `fit`, on strings too: a list or array, or a data set or generator of batches.
@@ -295,6 +301,7 @@ class Llama3CausalLM(CausalLM):
         them. Texts that had to be cut are counted, and the count is shown.
         """
         self._check_trainable_dtype()
+        self._check_optimizer()
         self._compile_if_needed()
         with self._preprocessed(x, y, kwargs) as data:
             if contains_text(x) and not isinstance(data["x"], dict):

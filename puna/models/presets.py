@@ -233,6 +233,8 @@ def _check_vocabulary(
     size = preprocessor.tokenizer.vocabulary_size()
     if size > config.vocab_size:
         raise TokenizerError(
-            f"the tokenizer in {path} has {size} tokens and the model {config.vocab_size}; they "
-            "are of different checkpoints: fetch them together again"
+            f"the tokenizer in {path} has {size} tokens and the model {config.vocab_size}. If they "
+            "are of different checkpoints, fetch them together again. If tokens were added, load "
+            "the model with preprocessor=None and the preprocessor by itself, set "
+            "model.preprocessor, and call model.resize_token_embeddings()"
         )
