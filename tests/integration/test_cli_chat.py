@@ -14,7 +14,7 @@ pexpect = pytest.importorskip("pexpect", reason="there are no pseudo-terminals h
 if not hasattr(pexpect, "spawn"):
     pytest.skip("there are no pseudo-terminals here", allow_module_level=True)
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.backend_free]
 
 PROMPT = ">>> "
 # Loading, and compiling the first steps, on a machine that does other things too.

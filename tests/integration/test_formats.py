@@ -21,6 +21,9 @@ from tests import meta_layout, references
 from tests.hub_server import HubServer
 from tests.processes import result_of
 
+# What is tested here is the same on every backend, whose own parity is tested elsewhere.
+pytestmark = pytest.mark.backend_free
+
 DATA = Path(__file__).parents[1] / "parity" / "data"
 KERAS_HUB, PEFT = DATA / "keras_hub", DATA / "peft"
 EXACT = 1e-5  # of the largest logit, in float32
@@ -188,7 +191,6 @@ def test_a_file_without_a_config_says_so(tiny, tmp_path):
         Llama3CausalLM.from_preset(tmp_path / "model.safetensors")
 
 
-@pytest.mark.backend_free
 def test_other_files_are_refused_with_advice(tmp_path):
     for name, advice in (
         ("adapter_model.safetensors", "give its directory"),
@@ -200,7 +202,6 @@ def test_other_files_are_refused_with_advice(tmp_path):
             Preset(tmp_path / name)
 
 
-@pytest.mark.backend_free
 def test_each_kind_says_what_it_is(tmp_path, tiny, smollm2_gguf):
     write_meta(tmp_path / "meta")
     kinds = {
@@ -227,7 +228,6 @@ def point(adapter, base):
     return adapter
 
 
-@pytest.mark.backend_free
 def test_an_adapters_base_is_found_or_named(adapter, tmp_path):
     point(adapter, str(PEFT / "base"))
     opened = open_preset(adapter)
@@ -337,7 +337,6 @@ def test_a_file_of_a_repository_is_fetched_with_what_is_beside_it(hub, tmp_path)
     assert files == {"variants/best.safetensors", "variants/config.json"}
 
 
-@pytest.mark.backend_free
 def test_one_gguf_file_of_several_is_fetched_when_it_is_named(hub, tmp_path):
     code = """
 import json, sys
@@ -363,7 +362,6 @@ print(json.dumps([several, missing, path.name, path.stat().st_size]))
     assert set(hub.downloads) == {"two.gguf"}
 
 
-@pytest.mark.backend_free
 def test_a_named_file_is_found_again_offline(hub, tmp_path):
     address = "hf://org/base/variants/best.safetensors"
     code = f"""
@@ -390,7 +388,6 @@ REPOSITORY = [
 ]  # fmt: skip
 
 
-@pytest.mark.backend_free
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -404,7 +401,6 @@ def test_of_a_repository_only_one_kind_of_weights_is_fetched(options, expected):
     assert sorted(needed(REPOSITORY, **options)) == sorted(expected)
 
 
-@pytest.mark.backend_free
 def test_addresses_may_name_a_file_and_a_revision():
     assert parse_file_address("hf://a/b/c/d.gguf@refs/pr/1") == ("a/b", "refs/pr/1", "c/d.gguf")
     assert parse_file_address("hf://a/b@v1") == ("a/b", "v1", None)

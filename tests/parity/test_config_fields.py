@@ -19,6 +19,9 @@ from puna.errors import ConfigError, ContextLengthError
 from puna.models import Llama3Backbone, Llama3CausalLM
 from tests import references
 
+# What is tested here is the same on every backend, whose own parity is tested elsewhere.
+pytestmark = pytest.mark.backend_free
+
 TINY = references.TINY | {"model_type": "llama"}
 FELT = 1e-3  # of the largest logit; rounding is a thousandth of it
 

@@ -13,6 +13,9 @@ import torch
 from puna.models import Llama3CausalLM
 from tests import assets, references
 
+# What is tested here is the same on every backend, whose own parity is tested elsewhere.
+pytestmark = pytest.mark.backend_free
+
 TOLERANCE = 1e-4  # of the largest logit
 
 V, D, L, N, K, MULTIPLE_OF, T = 61, 64, 2, 4, 2, 24, 2000

@@ -13,6 +13,9 @@ import pytest
 from puna.models import Llama3Backbone, Llama3CausalLM
 from tests import references
 
+# What is tested here is the same on every backend, whose own parity is tested elsewhere.
+pytestmark = pytest.mark.backend_free
+
 DATA = Path(__file__).parent / "data" / "peft"
 TOLERANCE = 1e-5  # of the largest logit
 

@@ -20,6 +20,9 @@ from puna.samplers import GreedySampler, TopPSampler
 from puna.testing import tiny_config, tiny_model, tiny_tokenizer, write_tiny_preset
 from tests.processes import ROOT, result_of, run
 
+# What is tested here is the same on every backend, whose own parity is tested elsewhere.
+pytestmark = pytest.mark.backend_free
+
 VERBS = ("chat", "generate", "info", "tokenize", "convert")
 GREEDY = ("--greedy", "--max-new-tokens", "5")
 
@@ -52,7 +55,6 @@ def error_of(result):
 # What all verbs have
 
 
-@pytest.mark.backend_free
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_has_examples_and_exit_codes(verb):
     result = puna(verb, "--help")
@@ -61,7 +63,6 @@ def test_help_has_examples_and_exit_codes(verb):
     assert "Exit codes: 0 done, 1 an error" in " ".join(result.stdout.split())
 
 
-@pytest.mark.backend_free
 def test_version_and_python_m_puna():
     import puna as package
 
@@ -69,7 +70,6 @@ def test_version_and_python_m_puna():
     assert (done.status, done.out, done.err) == (0, f"puna {package.__version__}\n", "")
 
 
-@pytest.mark.backend_free
 def test_starting_imports_nothing_heavy_and_takes_little():
     heavy = ["keras", "jax", "torch", "tensorflow", "numpy", "tokenizers", "huggingface_hub"]
     found = result_of(
@@ -81,7 +81,6 @@ def test_starting_imports_nothing_heavy_and_takes_little():
     assert found[1] < 0.6
 
 
-@pytest.mark.backend_free
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -102,14 +101,12 @@ def test_wrong_usage_is_exit_code_2(arguments):
     assert result.stdout == ""
 
 
-@pytest.mark.backend_free
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_preset_that_is_not_there_is_one_line_and_exit_code_1(verb, tmp_path):
     more = {"generate": ["Hi"], "tokenize": ["Hi"], "convert": ["--out", tmp_path / "out"]}
     assert "there is no preset" in error_of(puna(verb, tmp_path / "none", *more.get(verb, [])))
 
 
-@pytest.mark.backend_free
 def test_a_reader_that_leaves_early_is_no_error_to_tell(preset):
     command = f"{sys.executable} -m puna tokenize {preset} | head -n 1"
     done = subprocess.run(
@@ -119,7 +116,6 @@ def test_a_reader_that_leaves_early_is_no_error_to_tell(preset):
     assert done.stderr == ""
 
 
-@pytest.mark.backend_free
 def test_the_reference_in_the_documents_is_current():
     path = Path(ROOT, "docs", "make_cli_reference.py")
     spec = importlib.util.spec_from_file_location("make_cli_reference", path)
@@ -178,7 +174,6 @@ def test_a_seed_makes_it_repeatable(preset):
     assert once == again != other
 
 
-@pytest.mark.backend_free
 def test_two_prompts_are_one_too_many(preset, tmp_path):
     file = tmp_path / "prompt.txt"
     file.write_bytes(b"\xff\xfe")
@@ -189,7 +184,6 @@ def test_two_prompts_are_one_too_many(preset, tmp_path):
 # Sampling
 
 
-@pytest.mark.backend_free
 def test_sampling_is_the_flags_then_the_checkpoint_then_our_defaults():
     ours = TopPSampler(p=0.95, k=50, temperature=0.7)
     theirs = {"do_sample": True, "temperature": 0.6, "top_p": 0.9}
@@ -205,7 +199,6 @@ def test_sampling_is_the_flags_then_the_checkpoint_then_our_defaults():
 # tokenize
 
 
-@pytest.mark.backend_free
 def test_tokenize_shows_ids_and_pieces(preset):
     result = puna("tokenize", preset, "Hello world 🦙")
     assert result.exit_code == 0
@@ -216,7 +209,6 @@ def test_tokenize_shows_ids_and_pieces(preset):
     assert "\\xf0" in result.stdout
 
 
-@pytest.mark.backend_free
 def test_tokenize_without_special_tokens_reads_them_as_text(preset):
     found = json.loads(puna("tokenize", preset, "--json", "--no-special", "<|eot_id|>").stdout)
     assert found["count"] == len(found["ids"]) == 10
@@ -228,7 +220,6 @@ def test_tokenize_without_special_tokens_reads_them_as_text(preset):
 # info
 
 
-@pytest.mark.backend_free
 def test_info_as_json(preset):
     result = puna("info", preset, "--json", "--context", "100")
     assert (result.exit_code, result.stderr) == (0, "")
@@ -260,7 +251,6 @@ def test_info_as_json(preset):
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
 
 
-@pytest.mark.backend_free
 def test_info_for_people_names_what_matters(preset):
     result = puna("info", preset)
     for word in ("Llama, 2 layers", "F32", "256 tokens", "llama3", "<|eot_id|>", "byte-level"):
@@ -268,7 +258,6 @@ def test_info_for_people_names_what_matters(preset):
     assert "\x1b" not in result.stdout
 
 
-@pytest.mark.backend_free
 def test_info_of_real_gguf_needs_no_keras(smollm2_gguf):
     found = result_of(
         "import json, sys\n"
@@ -281,7 +270,6 @@ def test_info_of_real_gguf_needs_no_keras(smollm2_gguf):
     assert found == []
 
 
-@pytest.mark.backend_free
 def test_info_goes_without_a_tokenizer(preset, tmp_path):
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).symlink_to(Path(preset, name))
@@ -320,7 +308,6 @@ def test_convert_keeps_what_the_model_says(preset, tmp_path):
     assert [path.name for path in out.parent.iterdir()] == ["copy"]
 
 
-@pytest.mark.backend_free
 def test_convert_to_another_dtype(preset, tmp_path):
     assert puna("convert", preset, "--out", tmp_path / "a", "--dtype", "bfloat16").exit_code == 0
     before, after = SafetensorsSource(preset), SafetensorsSource(tmp_path / "a")
@@ -332,7 +319,6 @@ def test_convert_to_another_dtype(preset, tmp_path):
     assert json.loads((tmp_path / "a" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-@pytest.mark.backend_free
 def test_convert_merges_an_adapter(preset, tmp_path):
     name, rank = "model.layers.1.self_attn.q_proj", 2
     numbers = np.random.default_rng(0)
@@ -357,7 +343,6 @@ def test_convert_merges_an_adapter(preset, tmp_path):
         np.testing.assert_allclose(after.read(key), before.read(key) + change, rtol=1e-5)
 
 
-@pytest.mark.backend_free
 def test_a_failed_conversion_leaves_nothing(preset, tmp_path):
     broken = tmp_path / "broken"
     broken.mkdir()
@@ -374,7 +359,6 @@ def test_a_failed_conversion_leaves_nothing(preset, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]
 
 
-@pytest.mark.backend_free
 def test_convert_never_writes_over_anything(preset, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     assert "not an empty directory" in error_of(puna("convert", preset, "--out", tmp_path))
@@ -433,7 +417,6 @@ def test_overflow_is_an_error_or_said(tmp_path):
     assert result.stderr.count("turns are forgotten") >= 2
 
 
-@pytest.mark.backend_free
 def test_a_transcript_is_read_strictly_and_written_over_its_own_kind_only(tmp_path):
     file = tmp_path / "talk.json"
     turns = [{"role": "user", "content": "Hi"}]
