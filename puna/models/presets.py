@@ -77,7 +77,7 @@ def _base_of(adapter: Path, weights: bool) -> Path:
     for path in (Path(name).expanduser(), adapter / name):
         if path.exists():
             return path
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         return hub.locate(f"{hub.SCHEME}{name}", weights=weights, revision=config.revision)
     if name in hub.PRESETS or name.startswith(hub.SCHEME):
         return hub.locate(name, weights=weights, revision=config.revision)
