@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 from puna.checkpoint import gguf_config
 from puna.checkpoint.gguf_header import STORAGE, GGUFHeader, GGUFTensor, read_header
 from puna.checkpoint.names import GGUF, QUERY_ROWS, SAME, Heads, Transform
-from puna.checkpoint.source import MappedFile, TensorInfo
+from puna.checkpoint.source import EntrySource, MappedFile, TensorInfo
 from puna.errors import PresetError
 
 _NATIVE: dict[str, np.dtype] = {
@@ -40,7 +40,7 @@ class _Entry:
     info: TensorInfo
 
 
-class GGUFSource:
+class GGUFSource(EntrySource[_Entry, MappedFile]):
     """The tensors of a GGUF model of architecture "llama", in Hugging Face's names and layout.
 
     Rows of q and k are put back from rotary pairs to halves. Float tensors are views of the mapped
@@ -79,18 +79,6 @@ class GGUFSource:
             self.close()
             raise
 
-    def names(self) -> Collection[str]:
-        """The names of all tensors, in the order in which the file holds them."""
-        return self._entries.keys()
-
-    def info(self, name: str) -> TensorInfo:
-        """Shape, dtype and place of a tensor, without reading it.
-
-        Raises:
-            PresetError: there is no tensor of that name.
-        """
-        return self._entry(name).info
-
     def read(self, name: str) -> np.ndarray:
         """The tensor in Hugging Face's layout: a view of the mapped file, or a new array.
 
@@ -123,8 +111,7 @@ class GGUFSource:
     def close(self) -> None:
         """Close the files. Views that are still held stay valid."""
         self._pool.shutdown()
-        for file in self._files:
-            file.close()
+        super().close()
 
     def hf_config(self) -> dict[str, Any]:
         """The model's `config.json` as transformers 4 would have written it.
@@ -137,14 +124,8 @@ class GGUFSource:
         """
         return gguf_config.hf_config(self.metadata, self, self.rope_freqs, self.path)
 
-    def _entry(self, name: str) -> _Entry:
-        try:
-            return self._entries[name]
-        except KeyError:
-            raise PresetError(
-                f"no tensor {name!r} in {self.path}; the {len(self._entries)} there are begin with "
-                f"{sorted(self._entries)[:3]}"
-            ) from None
+    def _where(self) -> str:
+        return str(self.path)
 
     def _open(self, paths: list[Path]) -> list[GGUFHeader]:
         headers: list[GGUFHeader] = []

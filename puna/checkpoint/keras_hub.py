@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import numpy as np
 from puna.checkpoint.h5_file import H5File
 from puna.checkpoint.json_file import read_json, read_optional_json
 from puna.checkpoint.names import HEADS_FIRST, KERAS_HUB, SAME, Heads, Transform
-from puna.checkpoint.source import TensorInfo
+from puna.checkpoint.source import EntrySource, TensorInfo
 from puna.config import LlamaConfig
 from puna.errors import PresetError
 from puna.text.keras_hub_tokenizer import VOCABULARY
@@ -45,7 +44,7 @@ class _Entry:
     info: TensorInfo
 
 
-class KerasHubSource:
+class KerasHubSource(EntrySource[_Entry, H5File]):
     """The tensors of a keras-hub preset of a Llama, in Hugging Face's names and layout.
 
     Kernels, which have their inputs first and heads as an axis of their own, are transposed while
@@ -79,18 +78,6 @@ class KerasHubSource:
         """Whether the head is the embedding, which only the weights say."""
         return "lm_head.weight" not in self._entries
 
-    def names(self) -> Collection[str]:
-        """The names of all tensors."""
-        return self._entries.keys()
-
-    def info(self, name: str) -> TensorInfo:
-        """Shape, dtype and size of a tensor, without reading it.
-
-        Raises:
-            PresetError: there is no tensor of that name.
-        """
-        return self._entry(name).info
-
     def read(self, name: str) -> np.ndarray:
         """The tensor in Hugging Face's layout: a view of the mapped file, or a new array.
 
@@ -110,11 +97,6 @@ class KerasHubSource:
         entry = self._entry(name)
         entry.file.release(entry.theirs)
 
-    def close(self) -> None:
-        """Close the files. Views that are still held stay valid."""
-        for file in self._files:
-            file.close()
-
     def hf_config(self) -> dict[str, Any]:
         """The model's `config.json` as transformers has it; keras-hub knows no context length.
 
@@ -125,14 +107,8 @@ class KerasHubSource:
         saved = {"tie_word_embeddings": self.is_tied, "dtype": dtype, "torch_dtype": dtype}
         return self.config.to_hf() | saved | _token_ids(self.path)
 
-    def _entry(self, name: str) -> _Entry:
-        try:
-            return self._entries[name]
-        except KeyError:
-            raise PresetError(
-                f"no tensor {name!r} in {self.path}; the {len(self._entries)} there are begin with "
-                f"{sorted(self._entries)[:3]}"
-            ) from None
+    def _where(self) -> str:
+        return str(self.path)
 
     def _add(self, file: H5File) -> None:
         for theirs in file.names():

@@ -15,10 +15,8 @@ from puna import backend
 from puna.backend import build
 from puna.backend.memory import numpy_dtype
 from puna.checkpoint.source import TensorSource
+from puna.checkpoint.variable_names import NO_PARAMETERS
 from puna.errors import PresetError
-
-# Tensors that some checkpoints carry and that hold nothing a model needs.
-IGNORED = ("*.rotary_emb.inv_freq", "*.attn.bias", "*.attn.masked_bias")
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -76,7 +74,7 @@ def _check(
     if wrong:
         raise PresetError(f"config.json and the checkpoint differ in the shape of {_some(wrong)}")
     left = sorted(names - set(stored.values()))
-    left = [n for n in left if not any(fnmatch.fnmatch(n, pattern) for pattern in IGNORED)]
+    left = [n for n in left if not any(fnmatch.fnmatch(n, pattern) for pattern in NO_PARAMETERS)]
     if not has_head:
         left = [name for name in left if not name.startswith("lm_head.")]
     elif HEAD in left and HEAD not in variables:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import numpy as np
 
 from puna.checkpoint.meta_config import Params
 from puna.checkpoint.names import KEY_ROWS, META, QUERY_ROWS, SAME, Heads, Transform
-from puna.checkpoint.source import TensorInfo
+from puna.checkpoint.source import EntrySource, TensorInfo
 from puna.checkpoint.torch_file import TorchFile
 from puna.errors import PresetError
 
@@ -38,7 +37,7 @@ class _Entry:
     info: TensorInfo
 
 
-class MetaSource:
+class MetaSource(EntrySource[_Entry, TorchFile]):
     """The tensors of a model in Meta's layout, in Hugging Face's names and layout.
 
     Rows of q and k are put from rotary pairs to halves, and what is cut over several files is put
@@ -70,18 +69,6 @@ class MetaSource:
             self.close()
             raise
 
-    def names(self) -> Collection[str]:
-        """The names of all tensors, in the order in which the files hold them."""
-        return self._entries.keys()
-
-    def info(self, name: str) -> TensorInfo:
-        """Shape, dtype and size of a tensor, without reading it.
-
-        Raises:
-            PresetError: there is no tensor of that name.
-        """
-        return self._entry(name).info
-
     def read(self, name: str) -> np.ndarray:
         """The tensor in Hugging Face's layout: a view of the mapped file, or a new array.
 
@@ -107,11 +94,6 @@ class MetaSource:
         for file in self._files:
             file.release(entry.theirs)
 
-    def close(self) -> None:
-        """Close the files. Views that are still held stay valid."""
-        for file in self._files:
-            file.close()
-
     def hf_config(self) -> dict[str, Any]:
         """The model's `config.json` as transformers 4 would have written it.
 
@@ -123,14 +105,8 @@ class MetaSource:
             vocab_size=embedding.shape[0], dtype=embedding.dtype.name, is_tied=self.is_tied
         )
 
-    def _entry(self, name: str) -> _Entry:
-        try:
-            return self._entries[name]
-        except KeyError:
-            raise PresetError(
-                f"no tensor {name!r} in {self.path}; the {len(self._entries)} there are begin with "
-                f"{sorted(self._entries)[:3]}"
-            ) from None
+    def _where(self) -> str:
+        return str(self.path)
 
     def _add(self) -> None:
         """Match the files with each other and with the table of names."""

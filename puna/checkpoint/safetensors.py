@@ -10,7 +10,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, TypeGuard
@@ -27,7 +27,7 @@ from puna.checkpoint.safetensors_writer import (
     write_safetensors,
     write_sharded,
 )
-from puna.checkpoint.source import MappedFile, TensorInfo
+from puna.checkpoint.source import EntrySource, MappedFile, TensorInfo
 from puna.errors import PresetError
 
 _MAX_NDIM = 64  # NumPy's limit
@@ -51,7 +51,7 @@ class _Entry:
     info: TensorInfo
 
 
-class SafetensorsSource:
+class SafetensorsSource(EntrySource[_Entry, MappedFile]):
     """The tensors of a safetensors checkpoint, as views of the mapped files.
 
     Every header is checked in full when the source is made, before any tensor is touched. Tensors
@@ -81,18 +81,6 @@ class SafetensorsSource:
             self.close()
             raise
 
-    def names(self) -> Collection[str]:
-        """The names of all tensors, in the order in which the files hold them."""
-        return self._entries.keys()
-
-    def info(self, name: str) -> TensorInfo:
-        """Shape, dtype and place of a tensor, without reading it.
-
-        Raises:
-            PresetError: there is no tensor of that name.
-        """
-        return self._entry(name).info
-
     def read(self, name: str) -> np.ndarray:
         """The tensor, as a writable view of the mapped file (a copy only where misaligned).
 
@@ -112,20 +100,8 @@ class SafetensorsSource:
         entry = self._entry(name)
         entry.file.release(entry.offset, entry.info.nbytes)
 
-    def close(self) -> None:
-        """Close the files. Views that are still held stay valid."""
-        for file in self._files:
-            file.close()
-
-    def _entry(self, name: str) -> _Entry:
-        try:
-            return self._entries[name]
-        except KeyError:
-            where = ", ".join(file.path.name for file in self._files[:3])
-            raise PresetError(
-                f"no tensor {name!r} in {where}; the {len(self._entries)} there are begin with "
-                f"{sorted(self._entries)[:3]}"
-            ) from None
+    def _where(self) -> str:
+        return ", ".join(file.path.name for file in self._files[:3])
 
     def _add(self, path: Path) -> None:
         file = MappedFile(path)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -74,6 +74,67 @@ class TensorSource(Protocol):
     def close(self) -> None:
         """Close the files. Views that are still held stay valid, and keep their file mapped."""
         ...
+
+
+class Closable(Protocol):
+    """An opened file."""
+
+    def close(self) -> None:
+        """Close it."""
+        ...
+
+
+class Described(Protocol):
+    """What a source keeps of a tensor."""
+
+    @property
+    def info(self) -> TensorInfo:
+        """What is known of it before it is read."""
+        ...
+
+
+Entry = TypeVar("Entry", bound=Described)
+File = TypeVar("File", bound=Closable)
+
+
+class EntrySource(Generic[Entry, File]):
+    """The half of a `TensorSource` that is the same whatever the files are.
+
+    A subclass fills `_entries` and `_files`, and says how an entry is read and released.
+    """
+
+    _entries: dict[str, Entry]
+    _files: list[File]
+
+    def names(self) -> Collection[str]:
+        """The names of all tensors, in the order in which the files hold them."""
+        return self._entries.keys()
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape, dtype and place of a tensor, without reading it.
+
+        Raises:
+            PresetError: there is no tensor of that name.
+        """
+        return self._entry(name).info
+
+    def close(self) -> None:
+        """Close the files. Views that are still held stay valid."""
+        for file in self._files:
+            file.close()
+
+    def _where(self) -> str:
+        """What is read, for messages."""
+        raise NotImplementedError
+
+    def _entry(self, name: str) -> Entry:
+        try:
+            return self._entries[name]
+        except KeyError:
+            raise PresetError(
+                f"no tensor {name!r} in {self._where()}; the {len(self._entries)} there are begin "
+                f"with {sorted(self._entries)[:3]}"
+            ) from None
 
 
 class MappedFile:

@@ -1,8 +1,11 @@
-"""The one rule between a Keras variable's path and its tensor's name in a checkpoint."""
+"""Between Keras variables' paths and tensors' names: the one rule, and the names that mean none."""
 
 from __future__ import annotations
 
 import re
+
+# Tensors that some checkpoints carry and that hold nothing a model needs.
+NO_PARAMETERS = ("*.rotary_emb.inv_freq", "*.attn.bias", "*.attn.masked_bias")
 
 
 def tensor_name(path: str, root: str) -> str:

@@ -18,8 +18,9 @@ import numpy as np
 from puna.checkpoint.preset import SETTINGS_FILE, Preset
 from puna.checkpoint.safetensors import TensorSpec, write_sharded
 from puna.checkpoint.source import TensorSource
+from puna.checkpoint.variable_names import NO_PARAMETERS
 from puna.cli import terminal
-from puna.cli.opened import NO_PARAMETERS, tokenizer_of
+from puna.cli.opened import tokenizer_of
 from puna.config import LlamaConfig
 from puna.errors import PresetError, TokenizerError
 from puna.text.tokenizer import Tokenizer

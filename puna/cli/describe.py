@@ -10,7 +10,7 @@ from typing import Any
 
 from puna.checkpoint.preset import Preset
 from puna.checkpoint.source import TensorSource
-from puna.cli.opened import NO_PARAMETERS
+from puna.checkpoint.variable_names import NO_PARAMETERS
 from puna.config import LlamaConfig
 from puna.errors import TemplateError, TokenizerError
 from puna.text.template import ChatTemplate

@@ -15,9 +15,6 @@ from puna.checkpoint.readers import is_adapter
 from puna.errors import PresetError
 from puna.text.tokenizer import Tokenizer
 
-# What is in some files and is no parameter of the model.
-NO_PARAMETERS = ("*.rotary_emb.inv_freq", "*.attn.bias", "*.attn.masked_bias")
-
 
 @contextlib.contextmanager
 def open_headers(
