@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +113,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_backend(path: Path) -> tokenizers.Tokenizer:
     try:
+        _check_charsmaps(path)
         backend = tokenizers.Tokenizer.from_file(str(path))
+        backend.no_padding()  # the file's own may be to any length
+        backend.no_truncation()
         backend.encode("a")  # some parts fail only when they are used
         return backend
     except BaseException as error:
@@ -122,6 +127,33 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
             f"{path} cannot be read by the tokenizers library {tokenizers.__version__}: {reason}. "
             "Download the file again, or upgrade the library if the file is newer."
         ) from error
+
+
+def _check_charsmaps(path: Path) -> None:
+    """Refuse a normalizer's table that says it is longer than it is.
+
+    The library takes the memory that the table asks for, and the process dies where it is not
+    there.
+    """
+    text = path.read_bytes()
+    if b"precompiled_charsmap" not in text:
+        return
+    for encoded in _values(json.loads(text), "precompiled_charsmap"):
+        table = base64.b64decode(encoded)
+        said = 4 + int.from_bytes(table[:4], "little")
+        if said > len(table):
+            raise ValueError(f"a precompiled_charsmap has {len(table)} bytes of {said}")
+
+
+def _values(tree: Any, key: str) -> Iterator[Any]:
+    """What stands under a key, anywhere in a JSON value."""
+    if isinstance(tree, dict):
+        if tree.get(key):
+            yield tree[key]
+        tree = list(tree.values())
+    if isinstance(tree, list):
+        for branch in tree:
+            yield from _values(branch, key)
 
 
 def _find_tiktoken(path: Path) -> Path:

@@ -82,6 +82,8 @@ def _run_worker(tally: Tally, originals: Path, first: int, end: int) -> int:
     command = [sys.executable, "-m", "tests.fuzz.worker", tally.name, str(originals)]
     # One arena and one thread, so that address space is what a case takes and not what C reserves.
     settings = {"MALLOC_ARENA_MAX": "1", "RAYON_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+    # Rust's traces of a panic that we catch take memory of their own, where somebody asks for them.
+    settings |= {"RUST_BACKTRACE": "0"}
     worker = subprocess.Popen(
         [*command, str(first), str(end)],
         cwd=ROOT,

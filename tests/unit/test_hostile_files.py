@@ -1,5 +1,6 @@
 """Files that are made to harm, by hand; `tests/fuzz` makes thousands more."""
 
+import base64
 import errno
 import json
 import os
@@ -187,6 +188,32 @@ def test_a_tokenizer_that_is_not_utf8_is_refused(tmp_path, name):
     with pytest.raises(TokenizerError, match=name) as error:
         Tokenizer.from_directory(tmp_path)
     one_line(error)
+
+
+def test_a_tokenizer_table_that_says_it_is_longer_than_it_is_is_refused(tmp_path):
+    byte_level().save(tmp_path)
+    table = base64.b64encode((1 << 25).to_bytes(4, "little") + b"short").decode()
+    normalizer = {"type": "Precompiled", "precompiled_charsmap": table}
+    change(
+        tmp_path / "tokenizer.json", normalizer={"type": "Sequence", "normalizers": [normalizer]}
+    )
+    with pytest.raises(TokenizerError, match="precompiled_charsmap has 9 bytes of 335544") as error:
+        Tokenizer.from_directory(tmp_path)
+    one_line(error)
+
+
+def test_a_tokenizer_that_pads_without_end_pads_nothing(tmp_path):
+    byte_level().save(tmp_path)
+    padding = {
+        "strategy": {"Fixed": 10**11},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "a",
+    }
+    change(tmp_path / "tokenizer.json", padding=padding)
+    assert len(Tokenizer.from_directory(tmp_path)("ab")) == 2
 
 
 # Templates without an end
