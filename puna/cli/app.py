@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 import puna
-from puna.cli import chat, convert, generate, info, terminal, tokenize
+from puna.cli import chat, convert, generate, info, interrupts, terminal, tokenize
 from puna.cli.options import with_groups
 from puna.errors import PunaError
 
@@ -89,6 +89,7 @@ for _verb, _examples in (
 
 def main() -> None:
     """Run the program; it ends the process."""
+    interrupts.install()
     try:
         app(prog_name="puna")
     except KeyboardInterrupt:  # between two verbs' own handlers, such as while importing

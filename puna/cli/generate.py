@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from puna.cli import terminal
+from puna.cli import interrupts, terminal
 from puna.cli.options import AsJson, Loading, Preset, Sampling
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ def generate(
         return
     try:
         for piece in pieces:
+            interrupts.check()
             sys.stdout.write(piece)
             sys.stdout.flush()
     except KeyboardInterrupt:

@@ -160,16 +160,18 @@ class Loading:
     def load(self, preset: str) -> Any:
         """The causal LM of a preset: the moment when Keras is imported."""
         from puna.checkpoint.hub import PRESETS, SCHEME
-        from puna.cli import terminal
+        from puna.cli import interrupts, terminal
 
         # The Hub's client draws bars of its own, which a spinner would spoil.
         quiet = PRESETS.get(preset, preset).startswith(SCHEME)
         with contextlib.nullcontext() if quiet else terminal.waiting(f"Loading {preset}"):
             from puna.models import CausalLM
 
-            return CausalLM.from_preset(
+            model = CausalLM.from_preset(
                 preset, dtype=self.dtype, revision=self.revision, adapter=self.adapter
             )
+        interrupts.check()
+        return model
 
 
 def with_groups(verb: Callable[..., Any]) -> Callable[..., Any]:

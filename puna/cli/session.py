@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from puna.cli import terminal, transcript
+from puna.cli import interrupts, terminal, transcript
 from puna.cli.lines import FENCE, Lines
 from puna.cli.tally import Tally
 from puna.errors import ContextLengthError, PunaError
@@ -58,6 +58,7 @@ class Session:
                 try:
                     message = self.lines.read()
                 except KeyboardInterrupt:
+                    interrupts.clear()
                     if not self.lines.interactive:
                         raise
                     self._say("")  # the line is dropped; the next prompt has a line of its own
@@ -109,6 +110,7 @@ class Session:
             self.chat.history = before
             raise ContextLengthError(self._overflow()) from error
         except KeyboardInterrupt:
+            interrupts.clear()
             print(flush=True)
             if not self.lines.interactive:
                 raise
@@ -132,6 +134,7 @@ class Session:
                 with self._thinking():
                     first = next(pieces, "")
                 for piece in itertools.chain([first], pieces):
+                    interrupts.check()
                     sys.stdout.write(piece)
                     sys.stdout.flush()
             finally:
