@@ -17,7 +17,8 @@ from puna.backend.memory import ALIGNMENT, aligned_copy, is_aligned
 from puna.backend.protocol import Tensor
 
 __all__ = [
-    "aliases", "attention", "cache_dtype", "cache_write", "compile_step", "initialize", "linear",
+    "aliases", "attention", "cache_dtype", "cache_write", "compile_step", "embed", "initialize",
+    "linear",
     "prepare", "to_numpy",
 ]  # fmt: skip
 
@@ -25,13 +26,37 @@ __all__ = [
 def linear(x: Tensor, weight: Tensor, out_dtype: str) -> Tensor:
     """See `BackendOps.linear`; the form of the product matters on a CPU, so it is chosen here."""
     flat = x.reshape(-1, x.shape[-1])
-    contract_last = (((1,), (1,)), ((), ()))
-    # XLA's CPU code for half-precision products is fast for one row only if the result is half
-    # too, and for several rows only if it is float32 (docs/log.md, "Products on the CPU").
-    one_row_on_cpu = flat.shape[0] == 1 and jax.default_backend() == "cpu"
-    accumulate = None if one_row_on_cpu or out_dtype == "float64" else jnp.float32
-    y = jax.lax.dot_general(flat, weight, contract_last, preferred_element_type=accumulate)
+    half = weight.dtype in (jnp.bfloat16, jnp.float16)
+    if half and flat.shape[0] == 1 and jax.default_backend() == "cpu":
+        # As a dot of one row, XLA makes a float32 copy of all weights first, ten times slower; so
+        # it converts what it reads (docs/log.md, "Products on the CPU").
+        y = (weight.astype(jnp.float32) * flat[0].astype(jnp.float32)).sum(axis=-1)
+    else:
+        accumulate = None if out_dtype == "float64" else jnp.float32
+        contract_last = (((1,), (1,)), ((), ()))
+        y = jax.lax.dot_general(flat, weight, contract_last, preferred_element_type=accumulate)
     return y.astype(out_dtype).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def embed(weight: Tensor, token_ids: Tensor) -> Tensor:
+    """See `BackendOps.embed`."""
+    weight = jnp.asarray(weight)
+    if weight.dtype in (jnp.bfloat16, jnp.float16):
+        return _take_half(weight, token_ids)
+    return jnp.take(weight, token_ids, axis=0)
+
+
+@jax.custom_jvp
+def _take_half(weight: Tensor, token_ids: Tensor) -> Tensor:
+    """Rows of a half-precision table by their bits; else XLA makes a float32 copy of it on a CPU."""
+    bits = jax.lax.bitcast_convert_type(weight, jnp.uint16)
+    return jax.lax.bitcast_convert_type(jnp.take(bits, token_ids, axis=0), weight.dtype)
+
+
+@_take_half.defjvp
+def _take_half_jvp(primals: tuple[Tensor, Tensor], tangents: tuple[Tensor, Tensor]):
+    (weight, token_ids), (change, _) = primals, tangents
+    return _take_half(weight, token_ids), jnp.take(change, token_ids, axis=0)
 
 
 def cache_dtype(compute_dtype: str) -> str:

@@ -20,6 +20,10 @@ class BackendOps(Protocol):
         """
         ...
 
+    def embed(self, weight: Tensor, token_ids: Tensor) -> Tensor:
+        """Rows of `weight` [V, D] in its own dtype: int [B, T] to [B, T, D]."""
+        ...
+
     def attention(
         self,
         query_BNTH: Tensor,

@@ -13,7 +13,8 @@ from puna.backend.memory import aligned_copy
 from puna.backend.protocol import Tensor
 
 __all__ = [
-    "aliases", "attention", "cache_dtype", "cache_write", "compile_step", "initialize", "linear",
+    "aliases", "attention", "cache_dtype", "cache_write", "compile_step", "embed", "initialize",
+    "linear",
     "prepare", "to_numpy",
 ]  # fmt: skip
 
@@ -24,6 +25,11 @@ def linear(x: Tensor, weight: Tensor, out_dtype: str) -> Tensor:
     y = tf.linalg.matmul(tf.reshape(x, (-1, weight.shape[1])), weight, transpose_b=True)
     y = tf.reshape(y, tf.concat((tf.shape(x)[:-1], weight.shape[:1]), 0))
     return tf.cast(tf.ensure_shape(y, (*x.shape[:-1], weight.shape[0])), out_dtype)
+
+
+def embed(weight: Tensor, token_ids: Tensor) -> Tensor:
+    """See `BackendOps.embed`."""
+    return tf.gather(weight, token_ids)
 
 
 def cache_dtype(compute_dtype: str) -> str:

@@ -27,6 +27,11 @@ def linear(x: Tensor, weight: Tensor, out_dtype: str) -> Tensor:
     return torch.nn.functional.linear(x, weight).to(getattr(torch, out_dtype))
 
 
+def embed(weight: Tensor, token_ids: Tensor) -> Tensor:
+    """See `BackendOps.embed`."""
+    return torch.nn.functional.embedding(token_ids, weight)
+
+
 def attention(
     query_BNTH: Tensor,
     key_BKSH: Tensor,

@@ -36,7 +36,8 @@ class Embedding(keras.layers.Layer):
 
     def call(self, token_ids_BT: Tensor) -> Tensor:
         """`[B, T]` ids to `[B, T, D]` in the compute dtype."""
-        return ops.cast(ops.take(self.weight, token_ids_BT, axis=0), self.compute_dtype)
+        rows_BTD = backend.ops.embed(ops.convert_to_tensor(self.weight), token_ids_BT)
+        return ops.cast(rows_BTD, self.compute_dtype)
 
     def logits(self, x_BTD: Tensor) -> Tensor:
         """`[B, T, D]` to `[B, T, V]` in float32, where the head is tied to the embedding."""
