@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-VERBS = ("chat", "generate", "info", "tokenize", "convert")
+VERBS = ("chat", "generate", "info", "tokenize", "convert", "bench")
 TARGET = Path(__file__).with_name("cli.md")
 
 HEAD = """# The command line

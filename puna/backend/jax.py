@@ -48,7 +48,7 @@ def embed(weight: Tensor, token_ids: Tensor) -> Tensor:
 
 @jax.custom_jvp
 def _take_half(weight: Tensor, token_ids: Tensor) -> Tensor:
-    """Rows of a half-precision table by their bits; else XLA makes a float32 copy of it on a CPU."""
+    """Rows of a half-precision table, by their bits: XLA on a CPU copies it to float32 else."""
     bits = jax.lax.bitcast_convert_type(weight, jnp.uint16)
     return jax.lax.bitcast_convert_type(jnp.take(bits, token_ids, axis=0), weight.dtype)
 

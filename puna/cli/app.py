@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 import puna
-from puna.cli import chat, convert, generate, info, interrupts, terminal, tokenize
+from puna.cli import bench, chat, convert, generate, info, interrupts, terminal, tokenize
 from puna.cli.options import with_groups
 from puna.errors import PunaError
 
@@ -83,6 +83,7 @@ for _verb, _examples in (
     (info.info, info.EXAMPLES),
     (tokenize.tokenize, tokenize.EXAMPLES),
     (convert.convert, convert.EXAMPLES),
+    (bench.bench, bench.EXAMPLES),
 ):
     app.command(help=_help(_verb, _examples), epilog=EPILOG)(_reported(with_groups(_verb)))
 
