@@ -94,42 +94,18 @@ class Puna(Engine):
     def _stream(self, prompt: Sequence[int], most: int, **lengths: Any) -> list[float]:
         """When each token reached the text, up to `most` or some more."""
         times: list[float] = []
-        tokenizer = self.model.tokenizer
-        make = type(tokenizer).stream_decoder
-
-        def timed(**options: Any) -> _Timed:
-            return _Timed(make(tokenizer, **options), times)
-
-        # A token need not make a piece of text, so they are counted where they become text.
-        tokenizer.stream_decoder = timed
-        try:
-            pieces = self.model.stream(
-                np.asarray(prompt, np.int32), stop_token_ids=None, sampler="greedy", **lengths
-            )
-            for _ in pieces:
-                if len(times) >= most:
-                    break
-            pieces.close()
-        finally:
-            del tokenizer.stream_decoder
+        stream = self.model.stream(
+            np.asarray(prompt, np.int32), stop_token_ids=None, sampler="greedy", **lengths
+        )
+        with stream:
+            while len(times) < most and stream.finish_reason is None:
+                # A token need not make a piece of text: it reaches it with the next that does.
+                next(stream, None)
+                times += [time.perf_counter()] * (len(stream.token_ids) - len(times))
         return times
 
     def weights_bytes(self) -> int:
         return _variables_bytes(self.model)
-
-
-class _Timed:
-    """A stream decoder that takes down when each token comes."""
-
-    def __init__(self, decoder: Any, times: list[float]):
-        self._decoder, self._times = decoder, times
-
-    def push(self, token_id: int) -> str:
-        self._times.append(time.perf_counter())
-        return self._decoder.push(token_id)
-
-    def flush(self) -> str:
-        return self._decoder.flush()
 
 
 class KerasHub(Engine):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import warnings
 from collections.abc import Generator, Mapping, Sequence
@@ -10,10 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from puna.checkpoint.fingerprint import fingerprint
 from puna.errors import ContextLengthError
 from puna.text.tool_calls import PYTHON_TAG, ToolCall, parse_tool_calls
 
 if TYPE_CHECKING:
+    from puna.decoding.streams import TextStream
     from puna.models import Llama3CausalLM
 
 Message = dict[str, Any]
@@ -27,7 +28,8 @@ class ChatState:
 
     What a message says is plain text to the model: a user cannot write a turn of another role into
     it, whatever special tokens the message spells. An answer ends at any of the checkpoint's stop
-    tokens, or at the end of the context.
+    tokens, or at the end of the context. What the model has made of the conversation is kept, so
+    that a turn costs what is new in it; a change of the history costs what comes after it.
 
     Args:
         model: a causal LM with a preprocessor.
@@ -44,6 +46,8 @@ class ChatState:
     Attributes:
         history: the turns, `{"role", "content"}`, the system message first. It may be changed.
         dropped_turns: how many turns were forgotten so far.
+        last: the stream of the last answer, with its `token_ids` and `finish_reason`; it holds the
+            memory of the conversation. None before the first.
 
     Example:
         chat = puna.ChatState(model, system="You are a pirate.", max_new_tokens=100)
@@ -76,6 +80,13 @@ class ChatState:
         """Forget all but the system message."""
         self.history: list[Message] = [_message("system", self.system)] if self.system else []
         self.dropped_turns = 0
+        self.last: TextStream | None = None
+        self._weights = ""  # those that `last` was made with
+
+    @property
+    def prefilled(self) -> int:
+        """Tokens of the last turn's prompt that went through the model; see `TextStream`."""
+        return 0 if self.last is None else self.last.prefilled
 
     def add_to_history_as_user(self, message: str) -> None:
         """Add a turn of the user's, without asking for an answer."""
@@ -139,10 +150,9 @@ class ChatState:
         def keep() -> None:
             self.history = [*turns, _message("assistant", "".join(said))]
             self.dropped_turns += dropped
+            self._weights = self._fingerprint()
 
-        # Llama 3.1 marks code and calls with this token; without it code would look like prose.
-        pieces = self.model.stream(prompt, keep_special_tokens=(PYTHON_TAG,), **self._bounds())
-        with contextlib.closing(pieces):
+        with self._stream(prompt) as pieces:
             try:
                 for piece in itertools.chain([prefill] if prefill else [], pieces):
                     said.append(piece)
@@ -151,6 +161,25 @@ class ChatState:
                 keep()
                 raise
         keep()
+
+    def _stream(self, prompt: np.ndarray) -> TextStream:
+        """The answer to a prompt, with what the model has made of the turns before."""
+        options: dict[str, Any] = dict(self._bounds())
+        kept = self.last and self.last.prompt_cache
+        if kept is not None and self._fingerprint() == self._weights:
+            options["prompt_cache"] = kept
+        self.last = None  # its memory is the stream's now
+        # Llama 3.1 marks code and calls with this token; without it code would look like prose.
+        self.last = self.model.stream(prompt, keep_special_tokens=(PYTHON_TAG,), **options)
+        return self.last
+
+    def _fingerprint(self) -> str:
+        """That of the first and last layer: it tells of another model, and of training."""
+        ends = ("layers.0.", f"layers.{self.model.config.num_hidden_layers - 1}.")
+        tensors = self.model.tensors().items()
+        return fingerprint(
+            self.model.config, {name: v for name, v in tensors if any(end in name for end in ends)}
+        )
 
     def _bounds(self) -> dict[str, Any]:
         """The answer may take what is left of the context, where the caller sets no bound."""

@@ -1,19 +1,62 @@
-"""Attention in plain `keras.ops`, for backends and cases without a better one."""
+"""What layers need, in plain `keras.ops`, for backends and cases without a better one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from keras import ops
 
-from puna.backend.protocol import Tensor
+from puna.backend.protocol import Place, Tensor
+
+
+def value(variable: Any, dtype: str | None = None) -> Tensor:
+    """See `BackendOps.value`."""
+    return ops.convert_to_tensor(variable) if dtype is None else ops.cast(variable, dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """See `BackendOps.rms_norm`."""
+    return ops.rms_normalization(x, scale=weight, axis=-1, epsilon=epsilon)
+
+
+def silu(x: Tensor) -> Tensor:
+    """See `BackendOps.silu`."""
+    return ops.silu(x)
+
+
+def rotate(x_BNTH: Tensor, cos_B1TH: Tensor, sin_B1TH: Tensor) -> Tensor:
+    """See `BackendOps.rotate`."""
+    wide_BNTH = ops.cast(x_BNTH, "float32")
+    first, second = ops.split(wide_BNTH, 2, axis=-1)
+    exchanged_BNTH = ops.concatenate((second, first), axis=-1)
+    return ops.cast(wide_BNTH * cos_B1TH + exchanged_BNTH * sin_B1TH, x_BNTH.dtype)
+
+
+def split_heads(x_BTF: Tensor, head_size: int) -> Tensor:
+    """See `BackendOps.split_heads`."""
+    B, T, F = ops.shape(x_BTF)
+    return ops.transpose(ops.reshape(x_BTF, (B, T, F // head_size, head_size)), (0, 2, 1, 3))
+
+
+def merge_heads(x_BNTH: Tensor) -> Tensor:
+    """See `BackendOps.merge_heads`."""
+    B, N, T, H = ops.shape(x_BNTH)
+    return ops.reshape(ops.transpose(x_BNTH, (0, 2, 1, 3)), (B, T, N * H))
+
+
+def place(start_B: Tensor, T: int, capacity: int) -> Place:
+    """See `BackendOps.place`; in a compiled step nobody knows how far the rows are."""
+    positions_BT = start_B[:, None] + ops.arange(T, dtype="int32")
+    mask_BTS = ops.arange(capacity, dtype="int32") <= positions_BT[:, :, None]
+    return Place(start_B, capacity, mask_BTS[:, None])
 
 
 def attention(
     query_BNTH: Tensor,
     key_BKSH: Tensor,
     value_BKSH: Tensor,
-    mask_B1TS: Tensor,
+    mask_B1TS: Tensor | None,
     scale: float,
     dropout: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
@@ -23,8 +66,9 @@ def attention(
     query_BKGTH = ops.reshape(ops.cast(query_BNTH, key_BKSH.dtype), (B, K, N // K, T, H))
     scores_BKGTS = ops.einsum("bkgth,bksh->bkgts", query_BKGTH, key_BKSH)
     scores_BKGTS = ops.cast(scores_BKGTS, "float32") * scale
-    # A large finite number, not -inf: no row may become NaN, in the gradient neither.
-    scores_BKGTS = ops.where(mask_B1TS[:, :, None], scores_BKGTS, -1e30)
+    if mask_B1TS is not None:
+        # A large finite number, not -inf: no row may become NaN, in the gradient neither.
+        scores_BKGTS = ops.where(mask_B1TS[:, :, None], scores_BKGTS, -1e30)
     weights_BKGTS = ops.softmax(scores_BKGTS, axis=-1)
     if dropout is not None:
         weights_BKGTS = dropout(weights_BKGTS)

@@ -12,24 +12,40 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
-from puna.backend.generic import attention
-from puna.backend.memory import ALIGNMENT, aligned_copy, is_aligned
+from puna.backend.generic import (
+    attention,
+    merge_heads,
+    place,
+    rms_norm,
+    rotate,
+    silu,
+    split_heads,
+    value,
+)
+from puna.backend.memory import ALIGNMENT, aligned_copy, aligned_zeros, is_aligned, numpy_dtype
 from puna.backend.protocol import Tensor
 
 __all__ = [
-    "aliases", "attention", "cache_dtype", "cache_write", "compile_step", "embed", "initialize",
-    "linear",
-    "prepare", "to_numpy",
+    "aliases", "attention", "cache_dtype", "cache_read", "cache_write", "compile_step", "embed",
+    "initialize", "linear", "merge_heads", "place", "prepare", "rms_norm", "rotate", "silu",
+    "split_heads",
+    "to_numpy", "value",
 ]  # fmt: skip
+
+
+TOKENS_PER_CALL = 8
+RUNS_AHEAD = True
 
 
 def linear(x: Tensor, weight: Tensor, out_dtype: str) -> Tensor:
     """See `BackendOps.linear`; the form of the product matters on a CPU, so it is chosen here."""
-    flat = x.reshape(-1, x.shape[-1])
+    flat = x.reshape(-1, x.shape[-1]).astype(weight.dtype)
     half = weight.dtype in (jnp.bfloat16, jnp.float16)
     if half and flat.shape[0] == 1 and jax.default_backend() == "cpu":
         # As a dot of one row, XLA makes a float32 copy of all weights first, ten times slower; so
-        # it converts what it reads (docs/log.md, "Products on the CPU").
+        # it converts what it reads (docs/log.md, "Products on the CPU"). The barrier ties weight
+        # and row, lest XLA converts the weight ahead of a loop over tokens.
+        weight, flat = jax.lax.optimization_barrier((weight, flat))
         y = (weight.astype(jnp.float32) * flat[0].astype(jnp.float32)).sum(axis=-1)
     else:
         accumulate = None if out_dtype == "float64" else jnp.float32
@@ -49,6 +65,7 @@ def embed(weight: Tensor, token_ids: Tensor) -> Tensor:
 @jax.custom_jvp
 def _take_half(weight: Tensor, token_ids: Tensor) -> Tensor:
     """Rows of a half-precision table, by their bits: XLA on a CPU copies it to float32 else."""
+    weight, token_ids = jax.lax.optimization_barrier((weight, token_ids))  # as in `linear`
     bits = jax.lax.bitcast_convert_type(weight, jnp.uint16)
     return jax.lax.bitcast_convert_type(jnp.take(bits, token_ids, axis=0), weight.dtype)
 
@@ -59,20 +76,58 @@ def _take_half_jvp(primals: tuple[Tensor, Tensor], tangents: tuple[Tensor, Tenso
     return _take_half(weight, token_ids), jnp.take(change, token_ids, axis=0)
 
 
-def cache_dtype(compute_dtype: str) -> str:
+def cache_dtype(compute_dtype: str, wanted: str | None = None) -> str:
     """See `BackendOps.cache_dtype`; XLA on a CPU rewrites a whole bfloat16 cache per token."""
-    if compute_dtype == "bfloat16" and jax.default_backend() == "cpu":
-        return "float32"
-    return compute_dtype
+    if (wanted or compute_dtype) == "bfloat16" and jax.default_backend() == "cpu":
+        return "float32" if wanted is None else "uint16"
+    return wanted or compute_dtype
 
 
-def cache_write(cache_BKSH: Tensor, new_BKTH: Tensor, start_B: Tensor) -> Tensor:
+def cache_read(cache_BKSH: Tensor, dtype: str) -> Tensor:
+    """See `BackendOps.cache_read`."""
+    if cache_BKSH.dtype == jnp.uint16:
+        return jax.lax.bitcast_convert_type(cache_BKSH.astype(jnp.uint32) << 16, jnp.float32)
+    return cache_BKSH if cache_BKSH.dtype == jnp.float32 else cache_BKSH.astype(dtype)
+
+
+def cache_write(cache_BKSH: Tensor, new_BKTH: Tensor, write: Tensor) -> Tensor:
     """See `BackendOps.cache_write`; in place where the cache was donated."""
+    if cache_BKSH.dtype == jnp.uint16 and new_BKTH.dtype != jnp.uint16:
+        new_BKTH = jax.lax.bitcast_convert_type(new_BKTH.astype(jnp.bfloat16), jnp.uint16)
 
     def write_row(cache_KSH, new_KTH, start):
         return jax.lax.dynamic_update_slice(cache_KSH, new_KTH, (0, start, 0))
 
-    return jax.vmap(write_row)(cache_BKSH, new_BKTH.astype(cache_BKSH.dtype), start_B)
+    return jax.vmap(write_row)(cache_BKSH, new_BKTH.astype(cache_BKSH.dtype), write)
+
+
+def to_device(array: np.ndarray) -> Tensor:
+    """See `BackendOps.to_device`."""
+    return jax.device_put(array)
+
+
+def zeros(shape: tuple[int, ...], dtype: str) -> Tensor:
+    """See `BackendOps.zeros`."""
+    if jax.default_backend() == "cpu":
+        return jax.device_put(aligned_zeros(shape, numpy_dtype(dtype)))
+    return jnp.zeros(shape, dtype)
+
+
+def gather_rows(
+    sources: Sequence[tuple[Tensor, int] | None], shape: tuple[int, int, int, int]
+) -> Tensor:
+    """See `BackendOps.gather_rows`; on a CPU by NumPy, which has nothing to compile."""
+    S = shape[2]
+    dtype = next(source[0].dtype for source in sources if source is not None)
+    if jax.default_backend() == "cpu":
+        gathered = aligned_zeros(shape, dtype)
+        for row, source in zip(gathered, sources, strict=True):
+            if source is not None:
+                old = np.asarray(source[0])[source[1], :, :S]
+                row[:, : old.shape[1]] = old
+        return jax.device_put(gathered)
+    rows = [jnp.zeros(shape[1:], dtype) if s is None else s[0][s[1], :, :S] for s in sources]
+    return jnp.stack([jnp.pad(r, ((0, 0), (0, S - r.shape[1]), (0, 0))) for r in rows])
 
 
 def aliases(array: np.ndarray) -> bool:

@@ -3,20 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 Tensor = Any  # jax.Array, torch.Tensor or tf.Tensor
 
 
+class Place(NamedTuple):
+    """Where a step's new tokens stand in the cache, and what they may look at."""
+
+    write: Any  # what `cache_write` takes, in the backend's own form
+    live: int  # only the first so many places of the cache are looked at
+    mask_B1TS: Tensor | None  # over those, true where a query may look; None where all look at all
+
+
 class BackendOps(Protocol):
     """The functions of `puna.backend.jax`, `.torch` and `.tensorflow`."""
+
+    # How many tokens a call of a compiled step can make, and whether it returns before they are
+    # made, so that the next call can be under way while the host reads.
+    TOKENS_PER_CALL: int
+    RUNS_AHEAD: bool
+
+    def value(self, variable: Any, dtype: str | None = None) -> Tensor:
+        """What a Keras variable holds now, in its own dtype or in another."""
+        ...
 
     def linear(self, x: Tensor, weight: Tensor, out_dtype: str) -> Tensor:
         """Multiply `x` [..., in] by the transpose of `weight` [out, in], sums in float32.
 
-        Both have the compute dtype; the result [..., out] has `out_dtype`.
+        `x` is taken in the dtype of `weight`; the result [..., out] has `out_dtype`.
         """
         ...
 
@@ -24,28 +41,85 @@ class BackendOps(Protocol):
         """Rows of `weight` [V, D] in its own dtype: int [B, T] to [B, T, D]."""
         ...
 
+    def rms_norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        """Divide by the root mean square of the last axis, times `weight` [D], in float32.
+
+        The result has the dtype of `x` [..., D].
+        """
+        ...
+
+    def silu(self, x: Tensor) -> Tensor:
+        """`x · sigmoid(x)`."""
+        ...
+
+    def rotate(self, x_BNTH: Tensor, cos_B1TH: Tensor, sin_B1TH: Tensor) -> Tensor:
+        """`x · cos` plus, with the halves of each head exchanged, `x · sin`, in float32.
+
+        The result has the dtype of `x`.
+        """
+        ...
+
+    def split_heads(self, x_BTF: Tensor, head_size: int) -> Tensor:
+        """`[B, T, heads · H]` to `[B, heads, T, H]`."""
+        ...
+
+    def merge_heads(self, x_BNTH: Tensor) -> Tensor:
+        """`[B, heads, T, H]` to `[B, T, heads · H]`."""
+        ...
+
     def attention(
         self,
         query_BNTH: Tensor,
         key_BKSH: Tensor,
         value_BKSH: Tensor,
-        mask_B1TS: Tensor,
+        mask_B1TS: Tensor | None,
         scale: float,
         dropout: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Softmax attention over grouped heads, in the query's dtype [B, N, T, H].
 
         Query head n reads key head n // (N / K). The mask is true where a query may look; each
-        query must be allowed to look somewhere. `dropout` is applied to the softmax's weights.
+        query must be allowed to look somewhere. With no mask, all look everywhere. `dropout` is
+        applied to the softmax's weights.
         """
         ...
 
-    def cache_dtype(self, compute_dtype: str) -> str:
-        """The dtype in which keys and values of `compute_dtype` are kept."""
+    def cache_dtype(self, compute_dtype: str, wanted: str | None = None) -> str:
+        """The dtype in which keys and values of `compute_dtype` are kept.
+
+        `wanted` is a float's name; None wants what is fastest. The result may be an integer of the
+        same size, which holds the bits.
+        """
         ...
 
-    def cache_write(self, cache_BKSH: Tensor, new_BKTH: Tensor, start_B: Tensor) -> Tensor:
-        """Put `new` at positions `start[b] + 0..T-1` of row b; the old cache must not be used."""
+    def cache_read(self, cache_BKSH: Tensor, dtype: str) -> Tensor:
+        """Keys or values as numbers, for queries of a dtype; they may be wider than that."""
+        ...
+
+    def place(self, start_B: Tensor, T: int, capacity: int) -> Place:
+        """The place of T tokens at positions `start[b] + 0..T-1` of row b; once for all layers."""
+        ...
+
+    def cache_write(self, cache_BKSH: Tensor, new_BKTH: Tensor, write: Any) -> Tensor:
+        """Put `new` where `Place.write` says; the old cache must not be used."""
+        ...
+
+    def to_device(self, array: np.ndarray) -> Tensor:
+        """The array as a tensor, with nothing compiled; it must not be written to afterwards."""
+        ...
+
+    def zeros(self, shape: tuple[int, ...], dtype: str) -> Tensor:
+        """Zeros that a compiled step may take over."""
+        ...
+
+    def gather_rows(
+        self, sources: Sequence[tuple[Tensor, int] | None], shape: tuple[int, int, int, int]
+    ) -> Tensor:
+        """A new array [B, K, S, H], row b from a row of another [_, K, _, H], or zeros.
+
+        As much of the third axis is taken as both have; what is left is zeros. At least one source
+        is given, and the dtype is its.
+        """
         ...
 
     def prepare(self, array: np.ndarray, dtype: np.dtype) -> np.ndarray:

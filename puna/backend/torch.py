@@ -8,11 +8,20 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import torch
+from keras.src.backend.common.global_state import GLOBAL_STATE_TRACKER
 from keras.src.backend.torch.core import get_device
+from torch.nn import functional
 
 from puna.backend import generic
 from puna.backend.memory import aligned_copy
-from puna.backend.protocol import Tensor
+from puna.backend.protocol import Place, Tensor
+from puna.backend.torch_linear import linear, multiplies_slowly
+
+__all__ = [
+    "aliases", "attention", "cache_dtype", "cache_write", "compile_step", "embed", "gather_rows",
+    "initialize", "linear", "merge_heads", "place", "prepare", "rms_norm", "rotate", "silu",
+    "split_heads", "to_device", "to_numpy", "value", "zeros",
+]  # fmt: skip
 
 # NumPy knows these only through ml_dtypes, which torch does not: their bits travel as integers.
 _BY_BITS = {
@@ -22,45 +31,157 @@ _BY_BITS = {
 }
 
 
-def linear(x: Tensor, weight: Tensor, out_dtype: str) -> Tensor:
-    """See `BackendOps.linear`."""
-    return torch.nn.functional.linear(x, weight).to(getattr(torch, out_dtype))
+# From so many queries on, half precision on a CPU without units for it is attended in float32.
+_WIDE_QUERIES = 16
+
+TOKENS_PER_CALL = 1
+RUNS_AHEAD = False
+
+
+def value(variable: Any, dtype: str | None = None) -> Tensor:
+    """See `BackendOps.value`.
+
+    A step reads hundreds of variables, and Keras's own way to a value takes 5 µs, to find out that
+    none of its scopes is open.
+    """
+    tensor = variable._value
+    if (
+        tensor is None
+        or getattr(GLOBAL_STATE_TRACKER, "stateless_scope", None) is not None
+        or getattr(GLOBAL_STATE_TRACKER, "autocast_scope", None) is not None
+        or getattr(GLOBAL_STATE_TRACKER, "torch_device", None) is not None
+    ):
+        tensor = variable.value
+    wanted = tensor.dtype if dtype is None else getattr(torch, dtype)
+    return tensor if tensor.dtype == wanted else tensor.to(wanted)
 
 
 def embed(weight: Tensor, token_ids: Tensor) -> Tensor:
     """See `BackendOps.embed`."""
-    return torch.nn.functional.embedding(token_ids, weight)
+    return functional.embedding(token_ids, weight)
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """See `BackendOps.rms_norm`."""
+    if x.dtype == weight.dtype:  # computed in float32, whatever they are
+        return functional.rms_norm(x, weight.shape, weight, epsilon)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return functional.rms_norm(x.to(dtype), weight.shape, weight.to(dtype), epsilon).to(x.dtype)
+
+
+def silu(x: Tensor) -> Tensor:
+    """See `BackendOps.silu`."""
+    return functional.silu(x)
+
+
+def rotate(x_BNTH: Tensor, cos_B1TH: Tensor, sin_B1TH: Tensor) -> Tensor:
+    """See `BackendOps.rotate`."""
+    wide_BNTH = x_BNTH.float()
+    exchanged_BNTH = wide_BNTH.roll(wide_BNTH.shape[-1] // 2, -1)
+    return torch.addcmul(wide_BNTH * cos_B1TH, exchanged_BNTH, sin_B1TH).to(x_BNTH.dtype)
+
+
+def split_heads(x_BTF: Tensor, head_size: int) -> Tensor:
+    """See `BackendOps.split_heads`."""
+    B, T, F = x_BTF.shape
+    return x_BTF.view(B, T, F // head_size, head_size).transpose(1, 2)
+
+
+def merge_heads(x_BNTH: Tensor) -> Tensor:
+    """See `BackendOps.merge_heads`."""
+    return x_BNTH.transpose(1, 2).flatten(2)
 
 
 def attention(
     query_BNTH: Tensor,
     key_BKSH: Tensor,
     value_BKSH: Tensor,
-    mask_B1TS: Tensor,
+    mask_B1TS: Tensor | None,
     scale: float,
     dropout: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """See `BackendOps.attention`; fused, unless the weights themselves are needed."""
+    """See `BackendOps.attention`; fused, unless the weights themselves are needed.
+
+    The queries that share a key head go as so many queries of it: torch would repeat the keys.
+    """
     if dropout is not None:
         return generic.attention(query_BNTH, key_BKSH, value_BKSH, mask_B1TS, scale, dropout)
-    return torch.nn.functional.scaled_dot_product_attention(
-        query_BNTH, key_BKSH, value_BKSH, attn_mask=mask_B1TS, scale=scale, enable_gqa=True
+    B, N, T, H = query_BNTH.shape
+    K = key_BKSH.shape[1]
+    G = N // K
+    if mask_B1TS is not None and G > 1 and T > 1:
+        mask_B1TS = mask_B1TS.repeat(1, 1, G, 1)
+    query = query_BNTH.reshape(B, K, G * T, H)
+    if T >= _WIDE_QUERIES and multiplies_slowly(query):
+        query, key_BKSH, value_BKSH = query.float(), key_BKSH.float(), value_BKSH.float()
+    out = functional.scaled_dot_product_attention(
+        query, key_BKSH, value_BKSH, attn_mask=mask_B1TS, scale=scale
     )
+    return out.reshape(B, N, T, H).to(query_BNTH.dtype)
 
 
-def cache_dtype(compute_dtype: str) -> str:
+def cache_dtype(compute_dtype: str, wanted: str | None = None) -> str:
     """See `BackendOps.cache_dtype`."""
-    return compute_dtype
+    return wanted or compute_dtype
 
 
-def cache_write(cache_BKSH: Tensor, new_BKTH: Tensor, start_B: Tensor) -> Tensor:
+def cache_read(cache_BKSH: Tensor, dtype: str) -> Tensor:
+    """See `BackendOps.cache_read`."""
+    return cache_BKSH.to(getattr(torch, dtype))
+
+
+def place(start_B: Tensor, T: int, capacity: int) -> Place:
+    """See `BackendOps.place`; on a CPU, where looking costs nothing, no more than is live."""
+    B, device = start_B.shape[0], start_B.device
+    starts = start_B.tolist() if device.type == "cpu" else None
+    live = capacity if starts is None else max(starts) + T
+    alike = B == 1 if starts is None else len(set(starts)) == 1
+    ahead_T = torch.arange(T, device=device)
+    positions_BT = (start_B[:1] if alike else start_B)[:, None] + ahead_T
+    # Rows that stand alike are written together, others place by place.
+    rows_B1 = torch.arange(B, device=device)[:, None]
+    write = positions_BT[0] if alike else (rows_B1, positions_BT)
+    if starts is not None and alike and T == 1:
+        return Place(write, live, None)
+    mask_BTS = torch.arange(live, device=device) <= positions_BT[:, :, None]
+    return Place(write, live, mask_BTS[:, None])
+
+
+def cache_write(
+    cache_BKSH: Tensor, new_BKTH: Tensor, write: Tensor | tuple[Tensor, Tensor]
+) -> Tensor:
     """See `BackendOps.cache_write`; in place."""
-    B, _, T, _ = new_BKTH.shape
-    rows_B1 = torch.arange(B, device=cache_BKSH.device)[:, None]
-    positions_BT = start_B[:, None] + torch.arange(T, device=cache_BKSH.device)
+    if new_BKTH.dtype != cache_BKSH.dtype:
+        new_BKTH = new_BKTH.to(cache_BKSH.dtype)
+    if isinstance(write, torch.Tensor):
+        return cache_BKSH.index_copy_(2, write, new_BKTH)
+    rows_B1, positions_BT = write
     # Indices in axes 0 and 2 with a slice between them put the indexed axes first: [B, T, K, H].
-    cache_BKSH[rows_B1, :, positions_BT] = new_BKTH.transpose(1, 2).to(cache_BKSH.dtype)
+    cache_BKSH[rows_B1, :, positions_BT] = new_BKTH.transpose(1, 2)
     return cache_BKSH
+
+
+def to_device(array: np.ndarray) -> Tensor:
+    """See `BackendOps.to_device`."""
+    return torch.from_numpy(array).to(get_device())
+
+
+def zeros(shape: tuple[int, ...], dtype: str) -> Tensor:
+    """See `BackendOps.zeros`."""
+    return torch.zeros(shape, dtype=getattr(torch, dtype), device=get_device())
+
+
+def gather_rows(
+    sources: Sequence[tuple[Tensor, int] | None], shape: tuple[int, int, int, int]
+) -> Tensor:
+    """See `BackendOps.gather_rows`."""
+    like = next(source[0] for source in sources if source is not None)
+    gathered = torch.zeros(shape, dtype=like.dtype, device=like.device)
+    for row, source in zip(gathered, sources, strict=True):
+        if source is not None:
+            old = source[0][source[1], :, : shape[2]]
+            row[:, : old.shape[1]] = old
+    return gathered
 
 
 def aliases(array: np.ndarray) -> bool:

@@ -49,7 +49,5 @@ def chat(
     from puna.chat import ChatState
     from puna.cli.session import Session
 
-    generation = {"sampler": sampling.sampler(model.generation_config)}
-    if sampling.max_new_tokens is not None:
-        generation["max_new_tokens"] = sampling.max_new_tokens
+    generation = sampling.arguments(model.generation_config)
     Session(ChatState(model, system, on_overflow=on_overflow, **generation), preset).run()

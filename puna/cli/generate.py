@@ -14,7 +14,8 @@ from puna.cli import interrupts, terminal
 from puna.cli.options import AsJson, Loading, Preset, Sampling
 
 if TYPE_CHECKING:
-    from puna.cli.tally import Tally
+    from puna.cli.pace import Pace
+    from puna.decoding.streams import TextStream
 
 EXAMPLES = (
     'puna generate ./my-llama "The sky is" --greedy --max-new-tokens 9',
@@ -47,6 +48,16 @@ def generate(
         ),
     ] = None,
     as_json: AsJson = False,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=64,
+            metavar="N",
+            help="With --json, tell how likely each token was, and the N likeliest in its place.",
+            show_default=False,
+        ),
+    ] = None,
     sampling: Sampling,
     loading: Loading,
 ) -> None:
@@ -56,59 +67,77 @@ def generate(
     template is put around it (see puna chat). With --json the result comes whole: the text, its
     tokens, why it ended, and timings.
     """
+    if logprobs is not None and not as_json:
+        raise typer.BadParameter("--logprobs tells its numbers in JSON; add --json")
     text = _prompt(prompt, file)
     began = time.perf_counter()
     model = loading.load(preset)
     loaded = time.perf_counter() - began
 
-    from puna.cli.tally import Tally
+    from puna.cli.pace import Pace
 
     rows, _ = model.preprocessor.prompt_ids(text)
-    tally = Tally(model)
-    pieces = model.stream(
+    stream = model.stream(
         _ids(rows[0]),
         max_length=model.config.context_length,
-        max_new_tokens=sampling.max_new_tokens,
-        sampler=sampling.sampler(model.generation_config),
+        logprobs=logprobs,
+        **sampling.arguments(model.generation_config),
     )
-    tally.start()
     if as_json:
-        said = "".join(pieces)
-        result = {"preset": preset, "prompt": text, "text": said}
-        result |= _figures(tally, len(rows[0]), loaded, sampling.max_new_tokens)
+        pace = Pace()
+        result: dict[str, Any] = {"preset": preset, "prompt": text}
+        result["text"] = "".join(pace.watch(stream))
+        result |= _figures(stream, pace, len(rows[0]), loaded, sampling.max_new_tokens)
+        if logprobs is not None:
+            result["logprobs"] = _logprobs(stream, model.tokenizer)
         print(json.dumps(result, indent=2, ensure_ascii=False))
         return
-    try:
-        for piece in pieces:
-            interrupts.check()
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-    except KeyboardInterrupt:
-        print(flush=True)  # what was said stands on lines of its own
-        raise
-    print(flush=True)
-    if _stop_reason(tally, sampling.max_new_tokens) == "context":
+    _show(stream)
+    if _stop_reason(stream, sampling.max_new_tokens) == "context":
         terminal.note(
             f"the text was cut: the model's context of {model.config.context_length} tokens is full"
         )
 
 
-def _figures(tally: Tally, prompt: int, loaded: float, bound: int | None) -> dict[str, Any]:
+def _show(stream: TextStream) -> None:
+    """Print a text as it is made."""
+    try:
+        for piece in stream:
+            interrupts.check()
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    finally:
+        print(flush=True)  # also what an interrupt left stands on lines of its own
+
+
+def _figures(
+    stream: TextStream, pace: Pace, prompt: int, loaded: float, bound: int | None
+) -> dict[str, Any]:
     """What --json tells beside the text."""
+    ids = stream.token_ids.tolist()
     return {
-        "tokens": {
-            "prompt": prompt,
-            "completion": len(tally.ids),
-            "completion_ids": tally.ids,
-        },
-        "stop_reason": _stop_reason(tally, bound),
+        "tokens": {"prompt": prompt, "completion": len(ids), "completion_ids": ids},
+        "stop_reason": _stop_reason(stream, bound),
         "timings": {
             "load_seconds": round(loaded, 3),
-            "first_token_seconds": _rounded(tally.first_seconds),
-            "total_seconds": round(tally.seconds, 4),
-            "tokens_per_second": _rounded(tally.tokens_per_second),
+            "first_token_seconds": _rounded(pace.first_seconds),
+            "total_seconds": round(pace.seconds, 4),
+            "tokens_per_second": _rounded(pace.tokens_per_second(len(ids))),
         },
     }
+
+
+def _logprobs(stream: TextStream, tokenizer: Any) -> list[dict[str, Any]]:
+    """Each token of the completion, and the likeliest in its place."""
+
+    def told(token: int, logprob: float) -> dict[str, Any]:
+        text = tokenizer.detokenize([token], skip_special_tokens=False)
+        return {"id": token, "text": text, "logprob": round(logprob, 5)}
+
+    return [
+        told(one.token_id, one.logprob) | {"top": [told(*pair) for pair in one.top]}
+        for one in stream.logprobs
+    ]
 
 
 def _prompt(prompt: str | None, file: Path | None) -> str:
@@ -138,11 +167,11 @@ def _ids(row: list[int]) -> Any:
     return np.asarray(row, np.int32)
 
 
-def _stop_reason(tally: Tally, bound: int | None) -> str:
-    """Why it ended: "stop" (the model), "length" (--max-new-tokens) or "context" (it is full)."""
-    if tally.stopped:
-        return "stop"
-    return "length" if bound is not None and len(tally.ids) >= bound else "context"
+def _stop_reason(stream: TextStream, bound: int | None) -> str | None:
+    """Why it ended: "stop" (the model, or --stop), "length" (--max-new-tokens) or "context"."""
+    if stream.finish_reason != "length":
+        return stream.finish_reason
+    return "length" if bound is not None and len(stream.token_ids) >= bound else "context"
 
 
 def _rounded(seconds: float | None) -> float | None:

@@ -14,8 +14,7 @@ import typer
 
 from puna.errors import ConfigError
 
-# What is used where neither the user nor the checkpoint's generation_config.json says anything.
-# A bound on k of at most 64 also spares a sort of the whole vocabulary for every token.
+# What is used where neither the user nor the checkpoint's generation_config.json asks for sampling.
 DEFAULTS: Mapping[str, float] = {"temperature": 0.7, "top_k": 50, "top_p": 0.95}
 
 Preset = Annotated[
@@ -36,7 +35,8 @@ _SAMPLING, _LOADING = "Sampling", "Loading"
 class Sampling:
     """How tokens are chosen, and how many.
 
-    What is not given is taken from the checkpoint's `generation_config.json`, else from `DEFAULTS`.
+    What is not given is taken from the checkpoint's `generation_config.json`, else from `DEFAULTS`;
+    but who names one of --top-k, --top-p and --min-p gets those alone that are named.
     """
 
     temperature: Annotated[
@@ -53,7 +53,8 @@ class Sampling:
         typer.Option(
             min=0,
             metavar="K",
-            help="Choose among the k best tokens; 0 among all. Else the checkpoint's, or 50.",
+            help="Choose among the k best tokens; 0 among all. Without it, --top-p and --min-p, "
+            "the checkpoint's, or k = 50 and p = 0.95.",
             rich_help_panel=_SAMPLING,
         ),
     ] = None
@@ -63,8 +64,42 @@ class Sampling:
             min=0.0,
             max=1.0,
             metavar="P",
-            help="Choose among the fewest tokens of this probability together. Else the "
-            "checkpoint's, or 0.95.",
+            help="Choose among the fewest tokens of this probability together.",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = None
+    min_p: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            metavar="P",
+            help="Choose among the tokens with at least this share of the best one's probability.",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = None
+    repetition_penalty: Annotated[
+        float | None,
+        typer.Option(
+            metavar="NUMBER",
+            help="Above 1, makes tokens of the prompt and the answer less likely. Else the "
+            "checkpoint's, or 1.",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = None
+    presence_penalty: Annotated[
+        float | None,
+        typer.Option(
+            metavar="NUMBER",
+            help="Taken from the logit of every token of the answer so far.",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = None
+    frequency_penalty: Annotated[
+        float | None,
+        typer.Option(
+            metavar="NUMBER",
+            help="Taken from it as often as the token is there.",
             rich_help_panel=_SAMPLING,
         ),
     ] = None
@@ -87,48 +122,81 @@ class Sampling:
             rich_help_panel=_SAMPLING,
         ),
     ] = None
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT",
+            help="End before this text; may be given more than once.",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = None
 
     def __post_init__(self):
-        others = {"temperature": self.temperature, "top-k": self.top_k, "top-p": self.top_p}
-        given = [f"--{name}" for name, value in others.items() if value is not None]
+        others = ("temperature", "top_k", "top_p", "min_p")
+        given = [f"--{n.replace('_', '-')}" for n in others if getattr(self, n) is not None]
         if self.greedy and given:
             raise typer.BadParameter(
                 f"--greedy takes the best token always; leave out {', '.join(given)}"
             )
         if self.top_p == 0:
             raise typer.BadParameter("--top-p is 0; expected a number above 0, up to 1")
+        if self.min_p == 1:
+            raise typer.BadParameter("--min-p is 1; expected a number from 0, below 1")
+        if self.repetition_penalty is not None and self.repetition_penalty <= 0:
+            raise typer.BadParameter(
+                f"--repetition-penalty is {self.repetition_penalty}; expected a number above 0"
+            )
+        if "" in (self.stop or ()):
+            raise typer.BadParameter("--stop is empty; expected a text")
+
+    def arguments(self, generation_config: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of `stream` that these settings ask for; see `sampler`."""
+        return {
+            "sampler": self.sampler(generation_config),
+            "max_new_tokens": self.max_new_tokens,
+            "stop": tuple(self.stop or ()),
+        }
 
     def sampler(self, generation_config: Mapping[str, Any]) -> Any:
         """The `puna.samplers.Sampler` that these settings ask for.
 
         Args:
-            generation_config: what the checkpoint says; heeded unless it says not to sample.
+            generation_config: what the checkpoint says; where it says not to sample, its
+                temperature and the like are not heeded.
 
         Raises:
             ConfigError: the checkpoint's settings are no numbers.
         """
-        from puna.samplers import GreedySampler, TopPSampler
+        from puna import samplers
 
+        said = dict(generation_config)
+        if not said.get("do_sample"):
+            kept = {name: said.get(name) for name in ("repetition_penalty", "min_new_tokens")}
+            said = {"do_sample": True, **DEFAULTS, **kept}
+        settings = {name: getattr(self, name) for name in _SAMPLER_SETTINGS}
+        settings = {name: value for name, value in settings.items() if value is not None}
+        if settings.get("top_k") == 0:
+            settings["top_k"] = None
         if self.greedy:
-            return GreedySampler(seed=self.seed)
-        values = dict(DEFAULTS)
-        if generation_config.get("do_sample"):
-            given = {name: generation_config.get(name) for name in DEFAULTS}
-            values |= {"top_p": 1.0} | {n: v for n, v in given.items() if v is not None}
-        own = {name: getattr(self, name) for name in DEFAULTS}
-        values |= {name: value for name, value in own.items() if value is not None}
+            settings["temperature"] = 0.0
         try:
-            top_k = int(values["top_k"])
-            return TopPSampler(
-                p=float(values["top_p"]),
-                k=top_k if top_k > 0 else None,
-                temperature=float(values["temperature"]),
-                seed=self.seed,
-            )
+            return samplers.from_generation_config(said).replace(**settings)
         except (TypeError, ValueError) as error:
             raise ConfigError(
-                f"generation_config.json and the options ask for {values}, which cannot be: {error}"
+                f"generation_config.json and the options ask for what cannot be: {error}"
             ) from error
+
+
+_SAMPLER_SETTINGS = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from puna.cli import interrupts, terminal, transcript
 from puna.cli.lines import FENCE, Lines
-from puna.cli.tally import Tally
+from puna.cli.pace import Pace
 from puna.errors import ContextLengthError, PunaError
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class Session:
         self.chat = chat
         self.preset = preset
         self.lines = Lines()
-        self.tally = Tally(chat.model)
+        self._last = ""  # what /stats tells of the last answer
         self._console = Console(stderr=True, highlight=False, markup=False)
         self._commands: dict[str, tuple[Callable[[str], None], str, str]] = {
             "system": (self._system, "[TEXT]", "set the system message; alone, show it"),
@@ -125,20 +125,34 @@ class Session:
 
     def _stream(self, message: str) -> None:
         """Show an answer as it is made."""
-        self.tally.start()
+        pace = Pace()
         pieces = self.chat.stream_message(message)
         with warnings.catch_warnings():
             # We say it ourselves, each time; Python would say it once.
             warnings.filterwarnings("ignore", message="the conversation passed")
             try:
+                watched = pace.watch(pieces)
                 with self._thinking():
-                    first = next(pieces, "")
-                for piece in itertools.chain([first], pieces):
+                    first = next(watched, "")
+                for piece in itertools.chain([first], watched):
                     interrupts.check()
                     sys.stdout.write(piece)
                     sys.stdout.flush()
             finally:
                 pieces.close()  # which keeps what was said so far
+                self._take_down(pace)
+
+    def _take_down(self, pace: Pace) -> None:
+        answer = self.chat.last
+        if answer is None or pace.first_seconds is None:
+            return
+        tokens = len(answer.token_ids)
+        rate = pace.tokens_per_second(tokens)
+        self._last = (
+            f"{tokens} tokens, the first after {pace.first_seconds:.2f} s"
+            + ("" if rate is None else f", then {rate:.1f} tokens/s")
+            + f"\nits prompt   {answer.prefilled:,} tokens read, {answer.reused:,} reused"
+        )
 
     def _thinking(self) -> Any:
         if not (self.lines.interactive and sys.stderr.isatty()):
@@ -154,10 +168,11 @@ class Session:
 
     def _tell_if_cut(self) -> None:
         """An answer that the model did not end itself is never left to look like one."""
-        if self.tally.stopped or not self.tally.ids:
+        answer = self.chat.last
+        if answer is None or answer.finish_reason != "length":
             return
         bound = self.chat.generation.get("max_new_tokens")
-        if bound is not None and len(self.tally.ids) >= bound:
+        if bound is not None and len(answer.token_ids) >= bound:
             self._say(f"(cut after {bound} tokens, as --max-new-tokens says)")
         else:
             self._say(
@@ -203,13 +218,7 @@ class Session:
 
     def _stats(self, _: str) -> None:
         used = self._tokens_in_context()
-        tally, pace = self.tally, self.tally.tokens_per_second
-        if tally.first_seconds is None:
-            last = "no answer yet"
-        else:
-            last = f"{len(tally.ids)} tokens, the first after {tally.first_seconds:.2f} s"
-            last += "" if pace is None else f", then {pace:.1f} tokens/s"
-        self._say(f"last answer  {last}")
+        self._say(f"last answer  {self._last or 'no answer yet'}")
         share = 100 * used / self._context
         self._say(f"context      {used:,} of {self._context:,} tokens ({share:.0f} %)")
         if self.chat.dropped_turns:

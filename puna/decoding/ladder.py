@@ -5,9 +5,9 @@ from __future__ import annotations
 # Tokens of a prompt that one step takes. A longer prompt is taken in several.
 CHUNKS = (16, 32, 64, 128, 256, 512)
 
-# Tokens that a cache holds at the least, and that it is made larger than the prompt: a new size is
-# a new program, while unused places cost little.
-_SMALLEST_CAPACITY = 256
+# Tokens that a cache holds at the least, and from where on its sizes double. Up to the second a
+# cache is made for all that may come; a longer one grows.
+_SMALLEST, _DOUBLING = 256, 1024
 
 
 def chunk_size(tokens: int) -> int:
@@ -19,13 +19,26 @@ def chunk_size(tokens: int) -> int:
     return next((size for size in CHUNKS if size >= tokens), CHUNKS[-1])
 
 
-def capacity(tokens: int) -> int:
-    """The size of a cache that holds `tokens` tokens: a power of two.
+def chunks(start: int, end: int) -> list[tuple[int, int]]:
+    """The chunks that take the tokens from `start` to `end`: where each begins, and its size.
 
-    >>> capacity(10), capacity(300), capacity(1024)
-    (256, 512, 1024)
+    >>> chunks(0, 530), chunks(40, 60)
+    ([(0, 512), (512, 32)], [(40, 32)])
     """
-    size = _SMALLEST_CAPACITY
+    found = []
+    while start < end:
+        found.append((start, chunk_size(end - start)))
+        start += found[-1][1]
+    return found
+
+
+def capacity(tokens: int) -> int:
+    """The size of a cache that holds `tokens` tokens.
+
+    >>> capacity(10), capacity(300), capacity(1024), capacity(1025)
+    (256, 1024, 1024, 2048)
+    """
+    size = _SMALLEST if tokens <= _SMALLEST else _DOUBLING
     while size < tokens:
         size *= 2
     return size
@@ -34,7 +47,16 @@ def capacity(tokens: int) -> int:
 def first_capacity(prompt: int, total: int) -> int:
     """The size of a cache for a prompt that may grow to `total` tokens; it can be grown later.
 
-    >>> first_capacity(20, 100_000), first_capacity(20, 30)
-    (512, 256)
+    >>> first_capacity(20, 100_000), first_capacity(20, 30), first_capacity(20, 300)
+    (1024, 256, 1024)
     """
-    return capacity(min(total, prompt + _SMALLEST_CAPACITY))
+    return capacity(total if total <= _DOUBLING else min(total, prompt + _SMALLEST))
+
+
+def rows(prompts: int) -> int:
+    """The number of rows that a batch of `prompts` is computed with: a power of two.
+
+    >>> rows(1), rows(3), rows(8)
+    (1, 4, 8)
+    """
+    return 1 << (prompts - 1).bit_length()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import keras
-from keras import ops
 
 from puna import backend
-from puna.backend.protocol import Tensor
+from puna.backend.protocol import Place, Tensor
 from puna.config import LlamaConfig
-from puna.layers.cache import LayerCache
+from puna.layers.cache import Int8LayerCache, LayerCache
 from puna.layers.linear import Linear
 from puna.layers.rope import rotate
 
@@ -46,11 +45,11 @@ class Attention(keras.layers.Layer):
         self,
         x_BTD: Tensor,
         rotary: tuple[Tensor, Tensor],
-        mask_B1TS: Tensor,
-        cache: LayerCache | None = None,
-        start_B: Tensor | None = None,
+        mask_B1TS: Tensor | None,
+        cache: LayerCache | Int8LayerCache | None = None,
+        place: Place | None = None,
         training: bool = False,
-    ) -> tuple[Tensor, LayerCache | None]:
+    ) -> tuple[Tensor, LayerCache | Int8LayerCache | None]:
         """Attend within `x_BTD`, or with a cache to all that it holds and `x_BTD`.
 
         Returns:
@@ -59,24 +58,18 @@ class Attention(keras.layers.Layer):
         query_BNTH = rotate(self._heads(self.q_proj.call(x_BTD)), *rotary)
         key_BKSH = rotate(self._heads(self.k_proj.call(x_BTD)), *rotary)
         value_BKSH = self._heads(self.v_proj.call(x_BTD))
-        if cache is not None:
-            key_BKSH = backend.ops.cache_write(cache.key_BKSH, key_BKSH, start_B)
-            value_BKSH = backend.ops.cache_write(cache.value_BKSH, value_BKSH, start_B)
-            cache = LayerCache(key_BKSH, value_BKSH)
+        if cache is not None and place is not None:
+            cache = cache.write(key_BKSH, value_BKSH, place)
+            key_BKSH, value_BKSH = cache.read(place.live, self.compute_dtype)
         scale = self.config.head_size**-0.5
         dropout = self._drop if training and self.dropout is not None else None
         out_BNTH = backend.ops.attention(
             query_BNTH, key_BKSH, value_BKSH, mask_B1TS, scale, dropout
         )
-        B, N, T, H = ops.shape(out_BNTH)
-        out_BTD = ops.reshape(ops.transpose(out_BNTH, (0, 2, 1, 3)), (B, T, N * H))
-        return self.o_proj.call(out_BTD), cache
+        return self.o_proj.call(backend.ops.merge_heads(out_BNTH)), cache
 
     def _heads(self, x_BTF: Tensor) -> Tensor:
-        """`[B, T, heads · H]` to `[B, heads, T, H]`."""
-        B, T, F = ops.shape(x_BTF)
-        H = self.config.head_size
-        return ops.transpose(ops.reshape(x_BTF, (B, T, F // H, H)), (0, 2, 1, 3))
+        return backend.ops.split_heads(x_BTF, self.config.head_size)
 
     def _drop(self, weights: Tensor) -> Tensor:
         assert self.dropout is not None

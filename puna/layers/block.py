@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import keras
 
-from puna.backend.protocol import Tensor
+from puna.backend.protocol import Place, Tensor
 from puna.config import LlamaConfig
 from puna.layers.attention import Attention
-from puna.layers.cache import LayerCache
+from puna.layers.cache import Int8LayerCache, LayerCache
 from puna.layers.mlp import MLP
 from puna.layers.rms_norm import RMSNorm
 
@@ -45,14 +45,14 @@ class Block(keras.layers.Layer):
         self,
         x_BTD: Tensor,
         rotary: tuple[Tensor, Tensor],
-        mask_B1TS: Tensor,
-        cache: LayerCache | None = None,
-        start_B: Tensor | None = None,
+        mask_B1TS: Tensor | None,
+        cache: LayerCache | Int8LayerCache | None = None,
+        place: Place | None = None,
         training: bool = False,
-    ) -> tuple[Tensor, LayerCache | None]:
+    ) -> tuple[Tensor, LayerCache | Int8LayerCache | None]:
         """`[B, T, D]` to `[B, T, D]`, and the cache with the new keys and values in it."""
         attended_BTD, cache = self.self_attn.call(
-            self.input_layernorm.call(x_BTD), rotary, mask_B1TS, cache, start_B, training
+            self.input_layernorm.call(x_BTD), rotary, mask_B1TS, cache, place, training
         )
         x_BTD = x_BTD + attended_BTD
         return x_BTD + self.mlp.call(self.post_attention_layernorm.call(x_BTD)), cache

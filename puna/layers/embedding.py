@@ -36,10 +36,10 @@ class Embedding(keras.layers.Layer):
 
     def call(self, token_ids_BT: Tensor) -> Tensor:
         """`[B, T]` ids to `[B, T, D]` in the compute dtype."""
-        rows_BTD = backend.ops.embed(ops.convert_to_tensor(self.weight), token_ids_BT)
+        rows_BTD = backend.ops.embed(backend.ops.value(self.weight), token_ids_BT)
         return ops.cast(rows_BTD, self.compute_dtype)
 
     def logits(self, x_BTD: Tensor) -> Tensor:
         """`[B, T, D]` to `[B, T, V]` in float32, where the head is tied to the embedding."""
         dtype = self.compute_dtype
-        return backend.ops.linear(ops.cast(x_BTD, dtype), ops.cast(self.weight, dtype), "float32")
+        return backend.ops.linear(x_BTD, backend.ops.value(self.weight, dtype), "float32")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import keras
-from keras import ops
 
 from puna import backend
 from puna.backend.protocol import Tensor
@@ -51,5 +50,5 @@ class Linear(keras.layers.Layer):
         """`[..., in]` to `[..., out]`."""
         dtype = self.compute_dtype
         out_dtype = self.out_dtype or dtype
-        y = backend.ops.linear(ops.cast(x, dtype), ops.cast(self.weight, dtype), out_dtype)
-        return y + ops.cast(self.bias, out_dtype) if self.use_bias else y
+        y = backend.ops.linear(x, backend.ops.value(self.weight, dtype), out_dtype)
+        return y + backend.ops.value(self.bias, out_dtype) if self.use_bias else y

@@ -7,14 +7,15 @@ from collections.abc import Callable
 import keras
 from keras import ops
 
+from puna import backend
 from puna.backend.protocol import Tensor
 from puna.config import LlamaConfig
 from puna.layers.linear import Linear
 
 # Every name of `puna.config.ACTIVATIONS`.
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": ops.silu,
-    "swish": ops.silu,
+    "silu": backend.ops.silu,
+    "swish": backend.ops.silu,
     "gelu": lambda x: ops.gelu(x, approximate=False),
     "gelu_python": lambda x: ops.gelu(x, approximate=False),
     "gelu_new": lambda x: ops.gelu(x, approximate=True),

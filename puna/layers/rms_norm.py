@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import keras
-from keras import ops
 
+from puna import backend
 from puna.backend.protocol import Tensor
 
 
@@ -27,4 +27,4 @@ class RMSNorm(keras.layers.Layer):
 
     def call(self, x: Tensor) -> Tensor:
         """`[..., D]` to `[..., D]`, in the dtype of `x`."""
-        return ops.rms_normalization(x, scale=self.weight, axis=-1, epsilon=self.epsilon)
+        return backend.ops.rms_norm(x, backend.ops.value(self.weight), self.epsilon)

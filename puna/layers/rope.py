@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from keras import ops
 
+from puna import backend
 from puna.backend.protocol import Tensor
 from puna.rope import RopeConfig
 
@@ -27,7 +28,7 @@ class RotaryEmbedding:
     def __call__(
         self, positions_BT: Tensor, length_B: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Cosines and sines in float32, each `[B, 1, T, H / 2]`.
+        """What `rotate` takes: cosines and sines in float32, each `[B, 1, T, H]`.
 
         `length_B` is how many tokens each row has, where padding takes positions too; dynamic
         scaling goes by it.
@@ -39,8 +40,12 @@ class RotaryEmbedding:
             frequencies = self.frequencies
         angles_BTh = ops.multiply(positions_BT1, frequencies)
         scaling = self.rope.attention_scaling
-        cos, sin = ops.cos(angles_BTh) * scaling, ops.sin(angles_BTh) * scaling
-        return cos[:, None], sin[:, None]
+        cos_BTh, sin_BTh = ops.cos(angles_BTh) * scaling, ops.sin(angles_BTh) * scaling
+        # Feature i of a head turns together with feature i + H / 2, as Hugging Face stores them:
+        # x[i] · cos - x[i + H / 2] · sin, and x[i + H / 2] · cos + x[i] · sin.
+        cos_BTH = ops.concatenate((cos_BTh, cos_BTh), axis=-1)
+        sin_BTH = ops.concatenate((-sin_BTh, sin_BTh), axis=-1)
+        return cos_BTH[:, None], sin_BTH[:, None]
 
     def _dynamic_frequencies(self, positions_BT: Tensor, length_B: Tensor | None) -> Tensor:
         """Frequencies `[B, 1, H / 2]` whose base grows with each row's own length."""
@@ -55,11 +60,6 @@ class RotaryEmbedding:
         return 1.0 / ops.power(base_B[:, None, None], exponents)
 
 
-def rotate(x_BNTH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn feature i of each head together with feature i + H / 2, as Hugging Face stores them.
-
-    The products are in float32; the result has the dtype of `x_BNTH`.
-    """
-    first, second = ops.split(ops.cast(x_BNTH, "float32"), 2, axis=-1)
-    turned = ops.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
-    return ops.cast(turned, x_BNTH.dtype)
+def rotate(x_BNTH: Tensor, cos_B1TH: Tensor, sin_B1TH: Tensor) -> Tensor:
+    """Turn the features of each head by `RotaryEmbedding`'s tables, in the dtype of `x_BNTH`."""
+    return backend.ops.rotate(x_BNTH, cos_B1TH, sin_B1TH)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import keras
 from keras import ops
 
-from puna.backend.protocol import Tensor
+from puna import backend
+from puna.backend.protocol import Place, Tensor
 from puna.checkpoint.variable_names import tensor_name
 from puna.config import LlamaConfig
 from puna.layers.block import Block
-from puna.layers.cache import Cache
+from puna.layers.cache import Cache, capacity_of
 from puna.layers.embedding import Embedding
 from puna.layers.rms_norm import RMSNorm
-from puna.layers.rope import RotaryEmbedding
+from puna.layers.rope import RotaryEmbedding, rotate
 
 
 @keras.saving.register_keras_serializable(package="puna")
@@ -84,6 +86,19 @@ class Llama3Backbone(keras.Model):
         x_BTD, _ = self._run(token_ids_BT, positions_BT, _causal_mask(mask_BT), training=training)
         return x_BTD
 
+    def intercepted(self, inputs: Any, intercept: Callable[[Tensor, int], Tensor] | None) -> Tensor:
+        """As `call`, with what `intercept` makes of the hidden states after each place.
+
+        Args:
+            inputs: as in `call`.
+            intercept: given hidden states `[B, T, D]` and the number of the block they come from,
+                -1 for the embedding, returns what goes on.
+        """
+        token_ids_BT, mask_BT = _split_inputs(inputs)
+        positions_BT = ops.maximum(ops.cumsum(ops.cast(mask_BT, "int32"), axis=1) - 1, 0)
+        mask_B1TT = _causal_mask(mask_BT)
+        return self._run(token_ids_BT, positions_BT, mask_B1TT, intercept=intercept)[0]
+
     def step(
         self,
         token_ids_BT: Tensor,
@@ -101,29 +116,54 @@ class Llama3Backbone(keras.Model):
         """
         T, S = token_ids_BT.shape[1], cache[0].key_BKSH.shape[2]
         positions_BT = start_B[:, None] + ops.arange(T, dtype="int32")
-        # What lies beyond a row's own position is of padding or of an earlier use.
-        mask_BTS = ops.arange(S, dtype="int32") <= positions_BT[:, :, None]
-        return self._run(token_ids_BT, positions_BT, mask_BTS[:, None], cache, start_B, length_B)
+        # What lies beyond a row's own position is of padding or of an earlier use: it is masked.
+        place = backend.ops.place(start_B, T, S)
+        return self._run(token_ids_BT, positions_BT, place.mask_B1TS, cache, place, length_B)
+
+    def shift(self, cache: Cache, drop_B: Tensor, keep: Tensor) -> Cache:
+        """The cache without the `drop_B` tokens after the first `keep`; those behind move up.
+
+        The keys that move are turned back by as many positions, as if the tokens that are dropped
+        had never been (Xiao et al. 2023, arXiv:2309.17453, as llama.cpp does it).
+        """
+        S = capacity_of(cache)
+        place_S = ops.arange(S, dtype="int32")
+        moves_BS = ops.logical_and(place_S >= keep, drop_B[:, None] > 0)
+        source_BS = ops.minimum(place_S + ops.where(moves_BS, drop_B[:, None], 0), S - 1)
+        source_B1S1 = source_BS[:, None, :, None]
+        cos, sin = self.rotary(-drop_B[:, None])
+        scaling = self.rotary.rope.attention_scaling
+        moves_B1S1 = moves_BS[:, None, :, None]
+        shifted = []
+        for old in cache:
+            moved = type(old)(*(ops.take_along_axis(a, source_B1S1, axis=2) for a in old))
+            key_BKSH, _ = moved.read(S, self.compute_dtype)
+            turned_BKSH = rotate(key_BKSH, cos / scaling, sin / scaling)
+            shifted.append(moved.replace_keys(ops.where(moves_B1S1, turned_BKSH, key_BKSH)))
+        return tuple(shifted)
 
     def _run(
         self,
         token_ids_BT: Tensor,
         positions_BT: Tensor,
-        mask_B1TS: Tensor,
+        mask_B1TS: Tensor | None,
         cache: Cache | None = None,
-        start_B: Tensor | None = None,
+        place: Place | None = None,
         length_B: Tensor | None = None,
         training: bool = False,
+        intercept: Callable[[Tensor, int], Tensor] | None = None,
     ) -> tuple[Tensor, Cache]:
         x_BTD = self.embed_tokens.call(token_ids_BT)
+        if intercept is not None:
+            x_BTD = intercept(x_BTD, -1)
         rotary = self.rotary(positions_BT, length_B)
         new_cache = []
         for i, block in enumerate(self.transformer_layers):
             layer_cache = None if cache is None else cache[i]
-            x_BTD, layer_cache = block.call(
-                x_BTD, rotary, mask_B1TS, layer_cache, start_B, training
-            )
+            x_BTD, layer_cache = block.call(x_BTD, rotary, mask_B1TS, layer_cache, place, training)
             new_cache.append(layer_cache)
+            if intercept is not None:
+                x_BTD = intercept(x_BTD, i)
         return self.norm.call(x_BTD), tuple(new_cache)
 
     def compute_output_spec(self, inputs: Any, training: bool = False) -> keras.KerasTensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Sequence
 from typing import Any
 
 import keras
@@ -14,11 +13,11 @@ from puna.backend.protocol import Tensor
 from puna.checkpoint.variable_names import tensor_name
 from puna.config import LlamaConfig
 from puna.decoding.loop import Decoder
-from puna.decoding.requests import Generation, answer, stream
 from puna.errors import ConfigError, TokenizerError
 from puna.layers.cache import Cache
 from puna.layers.linear import Linear
 from puna.models.backbone import Llama3Backbone
+from puna.models.generating import Generating
 from puna.models.preprocessor import Llama3CausalLMPreprocessor
 from puna.models.vocabulary import ResizableVocabulary
 from puna.text.tokenizer import Tokenizer
@@ -65,7 +64,7 @@ class CausalLM(keras.Model):
 
 
 @keras.saving.register_keras_serializable(package="puna")
-class Llama3CausalLM(ResizableVocabulary, CausalLM):
+class Llama3CausalLM(Generating, ResizableVocabulary, CausalLM):
     """A Llama that predicts the next token.
 
     Called on `{"token_ids", "padding_mask"}`, each `[B, T]`, it returns logits `[B, T, V]` in
@@ -153,6 +152,17 @@ class Llama3CausalLM(ResizableVocabulary, CausalLM):
         x_B1D = ops.take_along_axis(x_BTD, ops.cast(last_B, "int32")[:, None, None], axis=1)
         return self._logits(x_B1D)[:, 0], cache
 
+    def shift(self, cache: Cache, drop_B: Tensor, keep: Tensor) -> Cache:
+        """See `Llama3Backbone.shift`."""
+        return self.backbone.shift(cache, drop_B, keep)
+
+    def step_all(
+        self, token_ids_BT: Tensor, start_B: Tensor, cache: Cache, length_B: Tensor
+    ) -> tuple[Tensor, Cache]:
+        """As `step`, with the logits `[B, T, V]` of all positions."""
+        x_BTD, cache = self.backbone.step(token_ids_BT, start_B, cache, length_B)
+        return self._logits(x_BTD), cache
+
     def _logits(self, x_BTD: Tensor) -> Tensor:
         if self.lm_head is None:
             return self.backbone.embed_tokens.logits(x_BTD)
@@ -212,87 +222,6 @@ class Llama3CausalLM(ResizableVocabulary, CausalLM):
         self.compile(**keras.saving.deserialize_keras_object(others), sampler=sampler)
         if self.optimizer is not None:
             self.optimizer.build(self.trainable_variables)
-
-    def generate(
-        self,
-        inputs: Any,
-        max_length: int | None = None,
-        stop_token_ids: Sequence[int] | str | None = "auto",
-        strip_prompt: bool = False,
-        *,
-        max_new_tokens: int | None = None,
-        sampler: str | samplers.Sampler | None = None,
-    ) -> Any:
-        """Continue prompts.
-
-        Args:
-            inputs: a string, a list of strings, token ids (1-D, or a list of such), or a dict of
-                `token_ids` and `padding_mask` `[B, T]`. Prompts may differ in length.
-            max_length: tokens of prompt and completion together; None means the preprocessor's
-                `sequence_length`, or the context where there is no preprocessor.
-            stop_token_ids: ids that end a completion; "auto" means all that the tokenizer names,
-                None means none.
-            strip_prompt: whether to leave the prompt out of the result.
-            max_new_tokens: tokens of the completion alone; with `max_length`, both hold.
-            sampler: a `puna.samplers.Sampler` or a name; None means `compile`'s, else top-k of 5.
-
-        Returns:
-            What came in: a string for a string, a list for a list, int32 ids for ids, a dict for a
-            dict (`[B, longest]`, the mask true on prompt and completion). In text, special tokens
-            are left out; in ids, the token that stopped a row is kept.
-
-        Raises:
-            ContextLengthError: a prompt is longer than `max_length` or than the model's context.
-            ConfigError: a length is negative, or the sampler is not known.
-            TokenizerError: a prompt has no tokens, or ids that the model does not have.
-        """
-        generation = Generation(
-            max_length=max_length,
-            max_new_tokens=max_new_tokens,
-            stop_token_ids=stop_token_ids,
-            strip_prompt=strip_prompt,
-            sampler=self.sampler if sampler is None else samplers.get(sampler),
-        )
-        return answer(self._decoder, self.config, self.preprocessor, inputs, generation)
-
-    def stream(
-        self,
-        prompt: Any,
-        max_length: int | None = None,
-        stop_token_ids: Sequence[int] | str | None = "auto",
-        *,
-        max_new_tokens: int | None = None,
-        sampler: str | samplers.Sampler | None = None,
-        keep_special_tokens: Sequence[str] = (),
-    ) -> Generator[str, None, None]:
-        """Continue one prompt, and give the completion in pieces as it is made.
-
-        The pieces joined are what `generate(..., strip_prompt=True)` returns; none ends within a
-        character. Closing the iterator stops the work.
-
-        Args:
-            prompt: a string, or token ids (1-D).
-            max_length, stop_token_ids, max_new_tokens, sampler: as in `generate`.
-            keep_special_tokens: special tokens that are not left out of the text, such as
-                `<|python_tag|>`; those that the tokenizer lacks do not matter.
-
-        Yields:
-            Text, never empty.
-
-        Raises:
-            ContextLengthError: as `generate` raises.
-        """
-        generation = Generation(
-            max_length=max_length,
-            max_new_tokens=max_new_tokens,
-            stop_token_ids=stop_token_ids,
-            strip_prompt=True,
-            sampler=self.sampler if sampler is None else samplers.get(sampler),
-        )
-        preprocessor = self._require_preprocessor("preprocessor, which makes text of tokens")
-        return stream(
-            self._decoder, self.config, preprocessor, prompt, generation, keep_special_tokens
-        )
 
     def fit(self, x: Any = None, y: Any = None, **kwargs: Any) -> Any:
         """Keras's `fit`, on strings too: a list or array, or a data set or generator of batches.

@@ -130,6 +130,10 @@ def test_answers_stream(open_chat):
         pieces.append(chat.process.read_nonblocking(4096, timeout=PATIENCE))
     said = [piece for piece in pieces if plain(piece).strip()]
     assert len(said) >= 10
+    read, reused = re.search(
+        r"its prompt +(\d+) tokens read, (\d+) reused", chat.say("/stats")
+    ).groups()
+    assert int(reused) > int(read) > 5
     chat.process.sendeof()
     assert chat.end() == 0
 

@@ -1,11 +1,14 @@
 """`ChatState`: the article's notebook interface, and what keeps a conversation sound."""
 
 import itertools
+import warnings
+import weakref
 
 import numpy as np
 import pytest
 
 import puna
+from puna.decoding.loop import Step
 from puna.errors import ContextLengthError, TemplateError
 from puna.testing import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
 from puna.text.tool_calls import PYTHON_TAG, ToolCall
@@ -23,22 +26,53 @@ def model():
     return tiny_model()
 
 
+class Said:
+    """In the place of a `Decoding`: says a text, and then fails where an error is given."""
+
+    prefilled = reused = 0
+
+    def __init__(self, tokenizer, prompt, request, text, error):
+        self.made, self.ended = [], False
+        self.tokens = iter(tokenizer(text).tolist()[: prompt.max_new_tokens])
+        self.stops, self.error = request.stop_token_ids, error
+
+    def __next__(self):
+        token = None if self.ended else next(self.tokens, None)
+        if token is None:
+            if self.error is not None and not self.ended:
+                raise self.error
+            raise StopIteration
+        self.made.append(token)
+        self.ended = token in self.stops
+        nothing = np.zeros((1, 64), np.float32)
+        return Step(
+            np.array([token]), np.array([True]), nothing[0, :1], nothing.astype(int), nothing
+        )
+
+    @property
+    def completions(self):
+        return [np.array(self.made, np.int32)]
+
+    def end(self, row):
+        self.ended = True
+
+    def release(self):
+        self.ended = True
+
+
 @pytest.fixture
 def say(model, monkeypatch):
     """Make the model say these texts, one a call, special tokens parsed; the prompts are kept."""
     answers, prompts = [], []
 
-    def stream(given, *, sampler, stop_token_ids):
+    def start(given, request):
         prompts.append(given[0].token_ids.tolist())
-        for token in model.tokenizer(answers.pop(0)).tolist()[: given[0].max_new_tokens]:
-            yield np.array([token], np.int32), np.array([True])
-            if token in stop_token_ids:
-                return
+        return Said(model.tokenizer, given[0], request, *answers.pop(0))
 
-    monkeypatch.setattr(model._decoder, "stream", stream)
+    monkeypatch.setattr(model._decoder, "start", start)
 
-    def say(*texts):
-        answers.extend(texts)
+    def say(*texts, error=None):
+        answers.extend((text, error) for text in texts)
         return prompts
 
     return say
@@ -259,25 +293,120 @@ def test_a_closed_stream_keeps_what_was_said(model, say):
     assert chat.history == [user("Hi"), assistant(said)]
 
 
-def test_an_interrupt_keeps_what_was_said(model, monkeypatch):
-    def stream(*args, **kwargs):
-        yield "Hello"
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(model, "stream", stream)
+def test_an_interrupt_keeps_what_was_said(model, say):
+    say("Hello", error=KeyboardInterrupt())
     chat = puna.ChatState(model)
     with pytest.raises(KeyboardInterrupt):
         chat.send_message("Hi")
     assert chat.history == [user("Hi"), assistant("Hello")]
 
 
-def test_a_failure_leaves_the_history(model, monkeypatch):
-    def stream(*args, **kwargs):
-        yield "Hello"
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr(model, "stream", stream)
+def test_a_failure_leaves_the_history(model, say):
+    say("Hello", error=RuntimeError("out of memory"))
     chat = puna.ChatState(model)
     with pytest.raises(RuntimeError):
         chat.send_message("Hi")
     assert chat.history == []
+
+
+# What the model has made of the turns before
+
+
+def without_reuse(model, chat):
+    """A chat in the same state whose next turn computes everything."""
+    alone = puna.ChatState(model, **chat.generation)
+    alone.history = list(chat.history)
+    return alone
+
+
+def test_a_turn_prefills_what_is_new_in_it():
+    model = tiny_model(max_position_embeddings=2048, sequence_length=2048)
+    chat = puna.ChatState(model, system="Be kind.", max_new_tokens=8, sampler="greedy")
+    lengths, prefilled = [], []
+    for turn in range(10):
+        message = f"Hello {turn}, are you there?"
+        alone = without_reuse(model, chat)
+        assert chat.send_message(message) == alone.send_message(message)
+        prefilled.append(chat.prefilled)
+        lengths.append(alone.prefilled)
+        assert chat.prefilled + chat.last.reused == alone.prefilled
+    # Answers that come back in other tokens than they were made of are computed again.
+    assert max(prefilled[1:]) < lengths[1]
+    assert sum(prefilled) < lengths[-1] + 10 * 8
+    assert sum(prefilled) < sum(lengths) / 3
+
+
+@pytest.mark.parametrize("edit", ["change", "drop", "reset", "prefill", "tool"])
+def test_a_changed_conversation_is_answered_as_it_stands(model, edit):
+    chat = puna.ChatState(model, "Be kind.", max_new_tokens=4, sampler="greedy")
+    chat.send_message("Hello there")
+    chat.send_message("Hi")
+    options = {}
+    if edit == "change":
+        chat.history[1] = user("the world")
+    elif edit == "drop":
+        chat.history = [SYSTEM, *chat.history[3:]]
+    elif edit == "reset":
+        chat.reset()
+        assert chat.last is None
+        assert chat.prefilled == 0
+    elif edit == "prefill":
+        options = {"prefill": "You are "}
+    else:
+        chat.add_tool_result("3")
+    alone = without_reuse(model, chat)
+    for one in (chat, alone):
+        one.send_message("and you?", **options)
+    assert chat.history == alone.history
+    if edit == "reset":
+        assert chat.prefilled == alone.prefilled
+    else:
+        assert 0 < chat.prefilled < alone.prefilled
+
+
+def test_the_memory_of_the_turn_before_is_let_go_of(model):
+    chat = puna.ChatState(model, max_new_tokens=4, sampler="greedy")
+    chat.send_message("Hello")
+    kept = weakref.ref(chat.last.prompt_cache)
+    pieces = chat.stream_message("Hi")
+    next(pieces)
+    assert kept() is None
+    pieces.close()
+
+
+def test_an_interrupted_turn_is_gone_on_from(model):
+    chat = puna.ChatState(model, max_new_tokens=20, sampler="greedy", stop_token_ids=None)
+    pieces = chat.stream_message("Hello")
+    next(pieces)
+    pieces.close()
+    alone = without_reuse(model, chat)
+    assert chat.send_message("Hi") == alone.send_message("Hi")
+    assert chat.prefilled < alone.prefilled
+
+
+def test_dropped_turns_are_not_reused(model):
+    chat = puna.ChatState(
+        model, "Be kind.", max_new_tokens=4, sampler="greedy", on_overflow="drop_oldest"
+    )
+    for turn in range(8):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            alone = without_reuse(model, chat)
+            alone.on_overflow = "drop_oldest"
+            answers = [one.send_message(f"question {turn} " + "x" * 20) for one in (chat, alone)]
+        assert answers[0] == answers[1]
+    assert chat.dropped_turns
+
+
+def test_nothing_made_by_other_weights_is_reused():
+    model = tiny_model()
+    chat = puna.ChatState(model, max_new_tokens=4, sampler="greedy")
+    chat.send_message("Hello")
+    weight = model.tensors()["model.layers.0.self_attn.k_proj.weight"]
+    weight.assign(-weight)
+    alone = without_reuse(model, chat)
+    assert chat.send_message("Hi") == alone.send_message("Hi")
+    assert chat.prefilled == alone.prefilled
+    chat.model = tiny_model(seed=1)
+    alone = without_reuse(chat.model, chat)
+    assert chat.send_message("Hi") == alone.send_message("Hi")

@@ -15,8 +15,9 @@ from puna.cli import transcript
 from puna.cli.app import app
 from puna.cli.conversion import expected_shapes
 from puna.cli.options import Sampling
+from puna.errors import ConfigError
 from puna.models import CausalLM
-from puna.samplers import GreedySampler, TopPSampler
+from puna.samplers import Sampler
 from puna.testing import tiny_config, tiny_model, tiny_tokenizer, write_tiny_preset
 from tests.processes import ROOT, result_of, run
 
@@ -91,6 +92,11 @@ def test_starting_imports_nothing_heavy_and_takes_little():
         ("generate", "x", "y", "--dtype", "int3"),
         ("generate", "x", "--file", "/nowhere/at/all"),
         ("generate", "x", "y", "--top-p", "0"),
+        ("generate", "x", "y", "--min-p", "1"),
+        ("generate", "x", "y", "--repetition-penalty", "0"),
+        ("generate", "x", "y", "--stop", ""),
+        ("generate", "x", "y", "--logprobs", "3"),
+        ("generate", "x", "y", "--json", "--logprobs", "65"),
         ("convert", "x"),
         ("convert", "x", "--out", "y", "--to", "gguf"),
     ],
@@ -155,6 +161,28 @@ def test_generate_as_json(preset):
     assert found["timings"]["first_token_seconds"] <= found["timings"]["total_seconds"]
 
 
+def test_generate_tells_how_likely_tokens_were(preset):
+    found = json.loads(puna("generate", preset, "Hello", "--json", "--logprobs", 2, *GREEDY).stdout)
+    assert [one["id"] for one in found["logprobs"]] == found["tokens"]["completion_ids"]
+    for one in found["logprobs"]:
+        assert len(one["top"]) == 2
+        assert one["top"][0] == {name: one[name] for name in ("id", "text", "logprob")}
+        assert one["top"][1]["logprob"] <= one["logprob"] <= 0
+    assert "logprobs" not in json.loads(puna("generate", preset, "Hi", "--json", *GREEDY).stdout)
+
+
+def test_a_stop_text_ends_it(preset):
+    free = puna("generate", preset, "Hello", *GREEDY).stdout.removesuffix("\n")
+    stops = ("--stop", "never there", "--stop", free[2:4])
+    cut = free[: free.index(free[2:4])]
+    assert puna("generate", preset, "Hello", *GREEDY, *stops).stdout == cut + "\n"
+    found = json.loads(puna("generate", preset, "Hello", "--json", *GREEDY, *stops).stdout)
+    assert (found["text"], found["stop_reason"]) == (cut, "stop")
+    chat = puna("chat", preset, *GREEDY, stdin="Hello\n").stdout
+    stopped = puna("chat", preset, *GREEDY, "--stop", chat[2:4], stdin="Hello\n").stdout
+    assert stopped == chat[: chat.index(chat[2:4])] + "\n"
+
+
 def test_generate_says_when_the_context_is_full(tmp_path):
     path = write_tiny_preset(tmp_path / "short", max_position_embeddings=16)
     result = puna("generate", path, "Hello there", "--temperature", "0")
@@ -185,15 +213,21 @@ def test_two_prompts_are_one_too_many(preset, tmp_path):
 
 
 def test_sampling_is_the_flags_then_the_checkpoint_then_our_defaults():
-    ours = TopPSampler(p=0.95, k=50, temperature=0.7)
+    ours = Sampler(top_p=0.95, top_k=50, temperature=0.7)
     theirs = {"do_sample": True, "temperature": 0.6, "top_p": 0.9}
     assert Sampling().sampler({}) == ours
     assert Sampling().sampler({"do_sample": False, "temperature": 0.1}) == ours
-    assert Sampling().sampler(theirs) == TopPSampler(p=0.9, k=50, temperature=0.6)
-    assert Sampling().sampler({"do_sample": True}) == TopPSampler(p=1.0, k=50, temperature=0.7)
+    assert Sampling().sampler(theirs) == Sampler(top_p=0.9, top_k=50, temperature=0.6)
+    assert Sampling().sampler({"do_sample": True}) == Sampler(top_k=50)
+    assert Sampling().sampler({"repetition_penalty": 1.2}) == ours.replace(repetition_penalty=1.2)
     chosen = Sampling(temperature=0.2, top_k=0, top_p=0.5, seed=3).sampler(theirs)
-    assert chosen == TopPSampler(p=0.5, k=None, temperature=0.2, seed=3)
-    assert Sampling(greedy=True).sampler(theirs) == GreedySampler()
+    assert chosen == Sampler(top_p=0.5, temperature=0.2, seed=3)
+    assert Sampling(min_p=0.1).sampler(theirs) == Sampler(min_p=0.1, temperature=0.6)
+    penalties = {"presence_penalty": 0.5, "frequency_penalty": 0.2, "repetition_penalty": 1.1}
+    assert Sampling(**penalties).sampler({}) == ours.replace(**penalties)
+    assert Sampling(greedy=True, **penalties).sampler(theirs).form == "greedy"
+    with pytest.raises(ConfigError, match=r"generation_config\.json"):
+        Sampling().sampler({"do_sample": True, "temperature": "hot"})
 
 
 # tokenize
@@ -390,6 +424,7 @@ def test_chat_commands_save_and_load(preset, tmp_path):
     assert saved["model"] == preset
     assert "of 256 tokens" in result.stderr
     assert "tokens/s" in result.stderr
+    assert "0 reused" in result.stderr
     assert "loaded 3 messages" in result.stderr
     assert list(tmp_path.iterdir()) == [file]
 

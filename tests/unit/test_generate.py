@@ -1,5 +1,6 @@
 """`generate`: what goes in and comes out, lengths, stops, and rows that do not disturb others."""
 
+import keras
 import numpy as np
 import pytest
 
@@ -221,6 +222,75 @@ def test_negative_lengths_are_refused(model, options):
         model.generate("Hello", **options)
 
 
+# Several completions, and how likely they were
+
+
+SAMPLED = {"max_new_tokens": 6, "sampler": "random", "seed": 3, "stop_token_ids": None}
+
+
+def test_several_completions_of_each_prompt(model):
+    texts = model.generate(PROMPTS, num_return_sequences=3, **SAMPLED)
+    assert [len(each) for each in texts] == [3, 3, 3]
+    assert all(t.startswith(p) for p, each in zip(PROMPTS, texts, strict=True) for t in each)
+    assert len(set(texts[0])) == 3
+    assert model.generate("Hello", num_return_sequences=3, **SAMPLED) == texts[0]
+    rows = model.generate(ids_of(model, "Hello"), num_return_sequences=2, **SAMPLED)
+    assert [row.dtype for row in rows] == [np.int32] * 2
+    assert model.generate([], num_return_sequences=2) == []
+
+
+def test_several_completions_of_a_dict_are_more_rows(model):
+    one = {"token_ids": ids_of(model, "Hello")}
+    two = model.preprocessor.generate_preprocess(PROMPTS[:2])
+    for batch, rows in ((one, 1), (two, 2)):
+        out = model.generate(batch, num_return_sequences=3, **SAMPLED)
+        assert out["token_ids"].shape == out["padding_mask"].shape
+        assert len(out["token_ids"]) == 3 * rows
+
+
+def test_log_probabilities_are_the_models_own(model):
+    ids = ids_of(model, "Hello")
+    found = model.generate(ids, logprobs=3, repetition_penalty=5.0, **SAMPLED)
+    whole = np.concatenate([ids, found.token_ids])
+    logits = np.asarray(keras.ops.convert_to_numpy(model(whole[None])))[0, len(ids) - 1 : -1]
+    expected = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    for one, token, row in zip(found.logprobs, found.token_ids, expected, strict=True):
+        assert one.token_id == token
+        np.testing.assert_allclose(one.logprob, row[token], atol=1e-4)
+        assert [best for best, _ in one.top] == np.argsort(-row)[:3].tolist()
+        np.testing.assert_allclose([p for _, p in one.top], np.sort(row)[:-4:-1], atol=1e-4)
+
+
+def test_completions_come_in_the_shape_of_their_prompts(model):
+    text = model.generate("Hello", logprobs=0, **SAMPLED)
+    assert text.text == model.generate("Hello", **SAMPLED)
+    assert text.finish_reason == "length"
+    assert all(one.top == () for one in text.logprobs)
+    listed = model.generate(PROMPTS, logprobs=0, num_return_sequences=2, **SAMPLED)
+    assert [len(each) for each in listed] == [2, 2, 2]
+    # Ids, and those of a dict, have a text too.
+    for given in (ids_of(model, "Hello"), {"token_ids": ids_of(model, "Hello")}):
+        one = model.generate(given, logprobs=0, **SAMPLED)
+        assert (one.text, one.token_ids.tolist()) == (text.text, text.token_ids.tolist())
+    batch = model.preprocessor.generate_preprocess(PROMPTS)
+    many = model.generate(batch, logprobs=0, num_return_sequences=2, **SAMPLED)
+    assert [[one.text for one in each] for each in many] == [[o.text for o in e] for e in listed]
+    nothing = model.generate("Hello", logprobs=2, max_new_tokens=0)
+    assert (nothing.text, nothing.logprobs, len(nothing.token_ids)) == ("Hello", (), 0)
+
+
+def test_without_a_tokenizer_completions_have_no_text(bare):
+    assert bare.generate([5, 6], logprobs=1, max_new_tokens=2).text is None
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_return_sequences": 0}, {"logprobs": -1}, {"logprobs": 65}]
+)
+def test_numbers_that_make_no_sense_are_refused(model, options):
+    with pytest.raises(ConfigError, match="expected"):
+        model.generate("Hello", **options)
+
+
 # Stops
 
 
@@ -251,8 +321,6 @@ def test_auto_stops_at_every_id_that_the_tokenizer_names(place):
 
 
 def _last_hidden(model, text):
-    import keras
-
     return keras.ops.convert_to_numpy(model.backbone(ids_of(model, text)[None]))[0, -1]
 
 
@@ -309,7 +377,7 @@ def test_the_calls_sampler_beats_compiles_which_beats_top_k_of_5():
 
 
 def test_an_unknown_sampler_is_refused_with_the_known_ones(model):
-    with pytest.raises(ConfigError, match="greedy, top_k, top_p, random"):
+    with pytest.raises(ConfigError, match="greedy, top_k, top_p, min_p, typical, random, beam"):
         model.generate("Hello", sampler="best")
 
 
