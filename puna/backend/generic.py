@@ -15,6 +15,13 @@ def value(variable: Any, dtype: str | None = None) -> Tensor:
     return ops.convert_to_tensor(variable) if dtype is None else ops.cast(variable, dtype)
 
 
+def while_loop(
+    goes_on: Callable[..., Tensor], body: Callable[..., Any], state: tuple[Any, ...]
+) -> tuple[Any, ...]:
+    """See `BackendOps.while_loop`."""
+    return ops.while_loop(goes_on, body, state)
+
+
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """See `BackendOps.rms_norm`."""
     return ops.rms_normalization(x, scale=weight, axis=-1, epsilon=epsilon)

@@ -21,6 +21,7 @@ from puna.backend.generic import (
     silu,
     split_heads,
     value,
+    while_loop,
 )
 from puna.backend.memory import ALIGNMENT, aligned_copy, aligned_zeros, is_aligned, numpy_dtype
 from puna.backend.protocol import Tensor
@@ -29,7 +30,7 @@ __all__ = [
     "aliases", "attention", "cache_dtype", "cache_read", "cache_write", "compile_step", "embed",
     "initialize", "linear", "merge_heads", "place", "prepare", "rms_norm", "rotate", "silu",
     "split_heads",
-    "to_numpy", "value",
+    "to_numpy", "value", "while_loop",
 ]  # fmt: skip
 
 

@@ -104,6 +104,12 @@ class BackendOps(Protocol):
         """Put `new` where `Place.write` says; the old cache must not be used."""
         ...
 
+    def while_loop(
+        self, goes_on: Callable[..., Tensor], body: Callable[..., Any], state: tuple[Any, ...]
+    ) -> tuple[Any, ...]:
+        """`state = body(*state)` as long as `goes_on(*state)`, inside a compiled step."""
+        ...
+
     def to_device(self, array: np.ndarray) -> Tensor:
         """The array as a tensor, with nothing compiled; it must not be written to afterwards."""
         ...

@@ -17,6 +17,7 @@ from puna.backend.generic import (
     silu,
     split_heads,
     value,
+    while_loop,
 )
 from puna.backend.memory import aligned_copy
 from puna.backend.protocol import Tensor
@@ -25,7 +26,7 @@ __all__ = [
     "aliases", "attention", "cache_dtype", "cache_read", "cache_write", "compile_step", "embed",
     "initialize", "linear", "merge_heads", "place", "prepare", "rms_norm", "rotate", "silu",
     "split_heads",
-    "to_numpy", "value",
+    "to_numpy", "value", "while_loop",
 ]  # fmt: skip
 
 

@@ -161,6 +161,15 @@ def cache_write(
     return cache_BKSH
 
 
+def while_loop(
+    goes_on: Callable[..., Tensor], body: Callable[..., Any], state: tuple[Any, ...]
+) -> tuple[Any, ...]:
+    """See `BackendOps.while_loop`."""
+    while goes_on(*state):
+        state = body(*state)
+    return state
+
+
 def to_device(array: np.ndarray) -> Tensor:
     """See `BackendOps.to_device`."""
     return torch.from_numpy(array).to(get_device())

@@ -361,6 +361,7 @@ def fill(
         room: tokens that the cache shall hold at the least.
         dtype: how it is kept.
     """
+    programs.refresh()
     start = 0 if reuse is None else reuse.common(token_ids)
     chunks = ladder.chunks(start, len(token_ids))
     room = ladder.capacity(max(room, sum(chunks[-1]) if chunks else 0))

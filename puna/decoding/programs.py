@@ -162,13 +162,22 @@ class Programs:
             history_BS, length_B, cache, parent_B, prompt_B, stops_N, changes
         )
 
-    def _program(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def refresh(self) -> None:
+        """Forget what was compiled for variables that the model no longer has.
+
+        To be called once for a generation: Keras gathers the variables anew each time, which takes
+        as long as some layers do.
+        """
         variables = list(self._model.variables)
         if [id(v) for v in variables] != [id(v) for v in self._variables]:
             self._variables, self._compiled = variables, {}
+
+    def _program(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        if not self._variables:
+            self.refresh()
         if name not in self._compiled:
             donate = (0, 1) if name in ("make", "shift") else (2,)
-            self._compiled[name] = backend.ops.compile_step(function, variables, donate)
+            self._compiled[name] = backend.ops.compile_step(function, self._variables, donate)
         return self._compiled[name]
 
     def _fill(self, token_ids_BT: Tensor, start_B: Tensor, cache: Cache, length_B: Tensor) -> Cache:
@@ -244,7 +253,7 @@ class Programs:
             return i + 1, rows, cache, made
 
         first = ops.convert_to_tensor(0, "int32")
-        loop = ops.while_loop(goes_on, one_more, (first, rows, cache, made))
+        loop = backend.ops.while_loop(goes_on, one_more, (first, rows, cache, made))
         return loop[1], loop[2], loop[3]
 
     def _one(self, i: Tensor, rows: Rows, cache: Cache, wanted: Wanted) -> tuple[Rows, Cache, Made]:

@@ -97,6 +97,7 @@ def _chunks(
     model: StepModel, programs: Programs, token_ids: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """What `Programs.score` gives for the real tokens of each chunk but the last token of all."""
+    programs.refresh()
     inputs, targets = token_ids[:-1], token_ids[1:]
     cache = empty_cache(model.config, 1, ladder.capacity(len(inputs) + _CHUNK), model.compute_dtype)
     for begin in range(0, len(inputs), _CHUNK):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from keras import ops
 
 from puna.errors import ConfigError, ContextLengthError
 from puna.testing import tiny_model
@@ -91,3 +92,41 @@ def test_what_cannot_be_scored_is_refused(model):
         model.perplexity("Hello", max_length=1)
     with pytest.raises(ConfigError, match="stride 30"):
         model.perplexity("Hello", max_length=20, stride=30)
+
+
+# `score`, as keras-hub has it
+
+
+def test_score_gives_logits_and_losses(model):
+    ids = np.array([[1, 5, 9, 2, 7], [3, 3, 4, 0, 0]])
+    mask = np.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], bool)
+    logits = ops.convert_to_numpy(model.score(ids, mask))
+    whole = model({"token_ids": ids, "padding_mask": mask})
+    np.testing.assert_allclose(logits, ops.convert_to_numpy(whole), atol=1e-6)
+    targets = np.roll(ids, -1, axis=1)
+    losses = model.score(ids, mask, scoring_mode="loss", target_ids=targets)
+    logprobs = logits - np.log(np.exp(logits.astype(np.float64)).sum(axis=-1, keepdims=True))
+    expected = -np.take_along_axis(logprobs, targets[:, :, None], axis=-1)[:, :, 0]
+    np.testing.assert_allclose(ops.convert_to_numpy(losses), expected, atol=1e-5)
+
+
+def test_score_lets_hidden_states_be_seen_and_changed(model):
+    ids = np.array([[1, 5, 9]])
+    seen = []
+
+    def note(x, place):
+        seen.append((place, tuple(x.shape)))
+        return x
+
+    plain = ops.convert_to_numpy(model.score(ids, layer_intercept_fn=note))
+    shape = (1, 3, model.config.hidden_size)
+    assert seen == [(place, shape) for place in range(-1, model.config.num_hidden_layers)]
+    changed = model.score(ids, layer_intercept_fn=lambda x, place: x * 2 if place == 0 else x)
+    assert np.abs(ops.convert_to_numpy(changed) - plain).max() > 1e-3
+
+
+def test_score_refuses_what_it_does_not_know(model):
+    with pytest.raises(ConfigError, match="scoring_mode is 'logit'"):
+        model.score(np.array([[1]]), scoring_mode="logit")
+    with pytest.raises(ConfigError, match="needs target_ids"):
+        model.score(np.array([[1]]), scoring_mode="loss")
