@@ -129,7 +129,7 @@ def test_no_answer_raises(answer):
         '{"a":' * 200_000,
         '{"name":"a","parameters":"' + "[" * 900_000 + '"}',
         '{"name":"a","parameters":{"x":' + "9" * 900_000 + "}}",
-        '{"name":"a"};' * 80_000,
+        '{"name":"a"};' * 40_000,
         "<function=a>" * 80_000,
         "<function=" + "a" * 900_000,
         "<function=a>" + "[" * 900_000 + "</function>",
