@@ -125,8 +125,8 @@ def compile_step(
     compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
     def step(*args: Any) -> Any:
-        shapes = tuple((leaf.shape.as_list(), leaf.dtype) for leaf in tf.nest.flatten(args))
-        key = tuple((*shape, dtype) for shape, dtype in shapes)
+        leaves = tf.nest.flatten(args)
+        key = tuple(leaf if leaf is None else (*leaf.shape, leaf.dtype) for leaf in leaves)
         if key not in compiled:
             compiled[key] = tf.function(function, autograph=False)
         return compiled[key](*args)
