@@ -29,8 +29,7 @@ from puna.backend.protocol import Tensor
 __all__ = [
     "aliases", "attention", "cache_dtype", "cache_read", "cache_write", "compile_step", "embed",
     "initialize", "linear", "merge_heads", "place", "prepare", "rms_norm", "rotate", "silu",
-    "split_heads",
-    "to_numpy", "value", "while_loop",
+    "split_heads", "to_numpy", "value", "while_loop",
 ]  # fmt: skip
 
 

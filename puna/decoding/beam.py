@@ -91,9 +91,7 @@ class BeamDecoding(Decoding):
         length_B[: len(rows)] = [len(row.token_ids) for row in rows]
         most = max(len(row.token_ids) + row.max_new_tokens for row in rows)
         cache = self._fill(ladder.first_capacity(int(length_B.max()), most), B)
-        history_BS = np.zeros((B, capacity_of(cache)), np.int32)
-        for history, row in zip(history_BS, rows, strict=False):
-            history[: len(row.token_ids)] = row.token_ids
+        history_BS = self._history(B, capacity_of(cache))
         vocabulary = self._model.config.vocab_size
         changes = Changes.of(request.sampler, request.bad_words, B, vocabulary)
         prompt_B, stops_N = length_B.copy(), stop_table(request.stop_token_ids)

@@ -9,6 +9,7 @@ import numpy as np
 from keras import ops
 
 from puna.backend.protocol import Tensor
+from puna.decoding import ladder
 from puna.errors import ConfigError
 from puna.samplers import CANDIDATES, FORMS, Sampler
 
@@ -99,14 +100,15 @@ def _among_all(logits_BV: Tensor, uniform_B: Tensor, settings: Settings) -> Tens
 
 
 def _among_candidates(logits_BV: Tensor, uniform_B: Tensor, settings: Settings) -> Tensor:
-    return _among_ranked(_ranked(logits_BV, settings, CANDIDATES), None, uniform_B, settings)
+    scaled_BV = logits_BV / settings.temperature_B[:, None]
+    return _among_ranked(_ranked(scaled_BV, CANDIDATES), None, uniform_B, settings)
 
 
 def _among_sorted(logits_BV: Tensor, uniform_B: Tensor, settings: Settings) -> Tensor:
     """Sorting all is slow (41 ms for 128k logits on a CPU), and seldom needed for a top-p."""
     scaled_BV = logits_BV / settings.temperature_B[:, None]
     total_B = ops.logsumexp(scaled_BV, axis=-1)
-    candidates = _ranked(logits_BV, settings, CANDIDATES)
+    candidates = _ranked(scaled_BV, CANDIDATES)
     share_B = ops.sum(ops.exp(candidates[0] - total_B[:, None]), axis=-1)
     # Where the candidates have more than top-p of all there is, they hold what it leaves.
     few_B = (settings.top_k_B >= logits_BV.shape[-1]) & (share_B > settings.top_p_B)
@@ -114,18 +116,15 @@ def _among_sorted(logits_BV: Tensor, uniform_B: Tensor, settings: Settings) -> T
     return ops.cond(
         ops.all(few_B),
         lambda: _among_ranked(candidates, total_B, uniform_B, settings),
-        lambda: _among_ranked(
-            _ranked(logits_BV, settings, logits_BV.shape[-1]), None, uniform_B, settings
-        ),
+        lambda: _among_ranked(_ranked(scaled_BV, scaled_BV.shape[-1]), None, uniform_B, settings),
     )
 
 
 Ranked = tuple[Any, Any]  # logits divided by the temperature, largest first, and their ids
 
 
-def _ranked(logits_BV: Tensor, settings: Settings, most: int) -> Ranked:
-    scaled_BV = logits_BV / settings.temperature_B[:, None]
-    sorted_BC, ids_BC = ops.top_k(scaled_BV, min(most, logits_BV.shape[-1]))
+def _ranked(scaled_BV: Tensor, most: int) -> Ranked:
+    sorted_BC, ids_BC = ops.top_k(scaled_BV, min(most, scaled_BV.shape[-1]))
     return sorted_BC, ops.cast(ids_BC, "int32")
 
 
@@ -230,7 +229,7 @@ class Changes(NamedTuple):
         for token, bias in sampler.logit_bias.items():
             bias_V[token] = bias
         longest = max(map(len, bad_words), default=0)
-        size = (_power_of_two(len(bad_words), 16), _power_of_two(longest, 8))
+        size = (ladder.power_of_two(len(bad_words), 16), ladder.power_of_two(longest, 8))
         table_WL = np.full(size, -1, np.int32)
         for row, word in zip(table_WL, bad_words, strict=False):
             row[len(row) - len(word) :] = word
@@ -243,11 +242,6 @@ class Changes(NamedTuple):
             bias_V,
             table_WL,
         )
-
-
-def _power_of_two(needed: int, least: int) -> int:
-    """A size of few, so that few programs are compiled."""
-    return max(least, 1 << (needed - 1).bit_length()) if needed else least
 
 
 def change(

@@ -59,4 +59,13 @@ def rows(prompts: int) -> int:
     >>> rows(1), rows(3), rows(8)
     (1, 4, 8)
     """
-    return 1 << (prompts - 1).bit_length()
+    return power_of_two(prompts, 1)
+
+
+def power_of_two(needed: int, least: int) -> int:
+    """The size of a table of `needed` places.
+
+    >>> power_of_two(0, 8), power_of_two(8, 8), power_of_two(9, 8)
+    (8, 8, 16)
+    """
+    return max(least, 1 << max(needed - 1, 0).bit_length())

@@ -96,18 +96,12 @@ class Decoder:
         self.model = model
         self.programs = Programs(model)
 
-    def generate(self, prompts: Sequence[Prompt], request: Request) -> list[np.ndarray]:
-        """The tokens that follow each prompt, the one that stopped it included, int32 [new].
-
-        Each row gets the tokens that it would get alone.
-        """
-        decoding = self.start(prompts, request)
-        for _ in decoding:
-            pass
-        return decoding.completions
-
     def start(self, prompts: Sequence[Prompt], request: Request) -> Decoding:
-        """The same, a token of each row at a time. The prompts are taken in when it is iterated."""
+        """What follows each prompt, a token of each row at a time, its stop token included.
+
+        Each row gets the tokens that it would get alone. The prompts are taken in when it is
+        iterated.
+        """
         return Decoding(self.model, self.programs, prompts, request)
 
     def warm_up(self, max_length: int, batch_size: int) -> None:
@@ -118,6 +112,7 @@ class Decoder:
             batch_size: rows.
         """
         room, model = 0, self.model
+        self.programs.refresh()
         while room < max_length:
             room = ladder.capacity(room + 1)
             for size in ladder.CHUNKS:
@@ -135,6 +130,7 @@ class Decoder:
 
     def prefix(self, token_ids: np.ndarray) -> PromptCache:
         """What the model makes of the beginning of a prompt, kept for many."""
+        self.programs.refresh()
         cache, _ = fill(self.model, self.programs, token_ids, None, len(token_ids))
         return PromptCache(token_ids, cache, self.model)
 
@@ -225,10 +221,7 @@ class Decoding(Iterator[Step]):
             self._most = min(self._most, request.window)
         room = max(room, ladder.first_capacity(int(lengths_B.max()), self._most))
         cache = self._fill(room, B)
-        S = capacity_of(cache)
-        history_BS = np.zeros((B, S), np.int32)
-        for row, prompt in zip(history_BS, prompts, strict=False):
-            row[: len(prompt.token_ids)] = prompt.token_ids
+        history_BS = self._history(B, capacity_of(cache))
         self._request = dataclasses.replace(request, reuse=None)  # its memory is the caller's
         self._state = Rows(*map(backend.ops.to_device, (history_BS, lengths_B, left_B))), cache
 
@@ -250,6 +243,7 @@ class Decoding(Iterator[Step]):
 
     def _fill(self, room: int, B: int) -> Cache:
         """The prompts' caches as one of B rows, all but each prompt's last token in it."""
+        self._programs.refresh()
         sources: list[tuple[Cache, int] | None] = []
         known: dict[bytes, Cache] = {}
         dtype = self._request.cache_dtype
@@ -268,6 +262,13 @@ class Decoding(Iterator[Step]):
         sources += [None] * (B - len(sources))
         return arrange(sources, max(capacity_of(cache) for cache in known.values()))
 
+    def _history(self, B: int, S: int) -> np.ndarray:
+        """The prompts' tokens, int32 [B, S]; zeros behind them, and in rows without one."""
+        history_BS = np.zeros((B, S), np.int32)
+        for row, prompt in zip(history_BS, self._prompts, strict=False):
+            row[: len(prompt.token_ids)] = prompt.token_ids
+        return history_BS
+
     def _call(self) -> None:
         """Have the device make the next tokens; what it makes is read later."""
         assert self._state is not None
@@ -280,10 +281,8 @@ class Decoding(Iterator[Step]):
         rows, cache = self._state
         room = ladder.capacity(min(self._longest + count, self._most))
         if room > capacity_of(cache):
-            B = rows.length_B.shape[0]
-            history_BS = np.zeros((B, room), np.int32)
-            old_BS = ops.convert_to_numpy(rows.history_BS)
-            history_BS[:, : old_BS.shape[1]] = old_BS
+            B, S = rows.history_BS.shape
+            history_BS = np.pad(ops.convert_to_numpy(rows.history_BS), ((0, 0), (0, room - S)))
             rows = rows._replace(history_BS=backend.ops.to_device(history_BS))
             cache = arrange([(cache, row) for row in range(B)], room)
         uniform_CB = np.zeros(self._wanted.uniform_CB.shape, np.float32)
@@ -361,7 +360,6 @@ def fill(
         room: tokens that the cache shall hold at the least.
         dtype: how it is kept.
     """
-    programs.refresh()
     start = 0 if reuse is None else reuse.common(token_ids)
     chunks = ladder.chunks(start, len(token_ids))
     room = ladder.capacity(max(room, sum(chunks[-1]) if chunks else 0))
@@ -380,6 +378,6 @@ def fill(
 
 def stop_table(token_ids: Sequence[int]) -> np.ndarray:
     """The stop tokens as a compiled step takes them: int32, in one of few sizes, -1 at the end."""
-    stops = np.full(max(_LEAST_STOPS, ladder.rows(max(1, len(token_ids)))), -1, np.int32)
+    stops = np.full(ladder.power_of_two(len(token_ids), _LEAST_STOPS), -1, np.int32)
     stops[: len(token_ids)] = token_ids
     return stops

@@ -81,10 +81,7 @@ class Llama3Backbone(keras.Model):
 
     def call(self, inputs: Any, training: bool = False) -> Tensor:
         """Hidden states `[B, T, D]` of whole sequences."""
-        token_ids_BT, mask_BT = _split_inputs(inputs)
-        positions_BT = ops.maximum(ops.cumsum(ops.cast(mask_BT, "int32"), axis=1) - 1, 0)
-        x_BTD, _ = self._run(token_ids_BT, positions_BT, _causal_mask(mask_BT), training=training)
-        return x_BTD
+        return self._whole(inputs, training=training)
 
     def intercepted(self, inputs: Any, intercept: Callable[[Tensor, int], Tensor] | None) -> Tensor:
         """As `call`, with what `intercept` makes of the hidden states after each place.
@@ -94,10 +91,14 @@ class Llama3Backbone(keras.Model):
             intercept: given hidden states `[B, T, D]` and the number of the block they come from,
                 -1 for the embedding, returns what goes on.
         """
+        return self._whole(inputs, intercept=intercept)
+
+    def _whole(self, inputs: Any, **options: Any) -> Tensor:
+        """Hidden states of whole sequences, with options of `_run`."""
         token_ids_BT, mask_BT = _split_inputs(inputs)
         positions_BT = ops.maximum(ops.cumsum(ops.cast(mask_BT, "int32"), axis=1) - 1, 0)
-        mask_B1TT = _causal_mask(mask_BT)
-        return self._run(token_ids_BT, positions_BT, mask_B1TT, intercept=intercept)[0]
+        x_BTD, _ = self._run(token_ids_BT, positions_BT, _causal_mask(mask_BT), **options)
+        return x_BTD
 
     def step(
         self,
@@ -114,7 +115,7 @@ class Llama3Backbone(keras.Model):
             cache: it is consumed: use the one that is returned.
             length_B: int [B], each row's tokens so far, where fewer than T of the new are real.
         """
-        T, S = token_ids_BT.shape[1], cache[0].key_BKSH.shape[2]
+        T, S = token_ids_BT.shape[1], capacity_of(cache)
         positions_BT = start_B[:, None] + ops.arange(T, dtype="int32")
         # What lies beyond a row's own position is of padding or of an earlier use: it is masked.
         place = backend.ops.place(start_B, T, S)
