@@ -22,13 +22,14 @@ help:
 	@echo "make clean   remove what the others made"
 
 # The demo needs little; tests need everything. Each keeps a stamp, so that a second run starts at once.
-$(VENV)/.demo: pyproject.toml
+KERNELS := CMakeLists.txt $(wildcard puna/backend/kernels/src/*)
+$(VENV)/.demo: pyproject.toml $(KERNELS)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[jax]'
 	touch $@
 
-$(VENV)/.dev: pyproject.toml
+$(VENV)/.dev: pyproject.toml $(KERNELS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@ $(VENV)/.demo
@@ -56,4 +57,4 @@ fuzz: $(VENV)/.dev
 	$(BIN)/python -m tests.fuzz
 
 clean:
-	rm -rf $(VENV) .cache build dist *.egg-info
+	rm -rf $(VENV) .cache build dist *.egg-info puna/backend/kernels/*.so puna/backend/kernels/*.dylib

@@ -23,12 +23,13 @@ from puna.backend.generic import (
     value,
     while_loop,
 )
+from puna.backend.kernels import jax_calls
 from puna.backend.memory import ALIGNMENT, aligned_copy, aligned_zeros, is_aligned, numpy_dtype
 from puna.backend.protocol import Tensor
 
 __all__ = [
     "aliases", "attention", "cache_dtype", "cache_read", "cache_write", "compile_step", "embed",
-    "initialize", "linear", "merge_heads", "place", "prepare", "rms_norm", "rotate", "silu",
+    "gated", "initialize", "linear", "linears", "merge_heads", "place", "prepare", "rms_norm", "rotate", "silu",
     "split_heads", "to_numpy", "value", "while_loop",
 ]  # fmt: skip
 
@@ -38,7 +39,28 @@ RUNS_AHEAD = True
 
 
 def linear(x: Tensor, weight: Tensor, out_dtype: str) -> Tensor:
-    """See `BackendOps.linear`; the form of the product matters on a CPU, so it is chosen here."""
+    """See `BackendOps.linear`."""
+    return linears(x, (weight,), out_dtype)[0]
+
+
+def linears(x: Tensor, weights: Sequence[Tensor], out_dtype: str) -> tuple[Tensor, ...]:
+    """See `BackendOps.linears`; on a CPU by native kernels."""
+    weights = [jnp.asarray(weight) for weight in weights]
+    if jax_calls.usable(x, weights, out_dtype):
+        return jax_calls.linears(x.astype(weights[0].dtype), weights, out_dtype)
+    return tuple(_linear(x, weight, out_dtype) for weight in weights)
+
+
+def gated(x: Tensor, gate: Tensor, up: Tensor, out_dtype: str) -> Tensor:
+    """See `BackendOps.gated`; on a CPU by a native kernel."""
+    gate, up = jnp.asarray(gate), jnp.asarray(up)
+    if jax_calls.usable(x, (gate, up), out_dtype):
+        return jax_calls.gated(x.astype(gate.dtype), gate, up, out_dtype)
+    return silu(_linear(x, gate, out_dtype)) * _linear(x, up, out_dtype)
+
+
+def _linear(x: Tensor, weight: Tensor, out_dtype: str) -> Tensor:
+    """`linear` as XLA computes it; the form matters on a CPU, so it is chosen here."""
     flat = x.reshape(-1, x.shape[-1]).astype(weight.dtype)
     half = weight.dtype in (jnp.bfloat16, jnp.float16)
     if half and flat.shape[0] == 1 and jax.default_backend() == "cpu":

@@ -37,6 +37,14 @@ class BackendOps(Protocol):
         """
         ...
 
+    def linears(self, x: Tensor, weights: Sequence[Tensor], out_dtype: str) -> tuple[Tensor, ...]:
+        """`linear` with each of several weights of one dtype."""
+        ...
+
+    def gated(self, x: Tensor, gate: Tensor, up: Tensor, out_dtype: str) -> Tensor:
+        """`silu(linear(x, gate)) · linear(x, up)`; `gate` and `up` have one shape and dtype."""
+        ...
+
     def embed(self, weight: Tensor, token_ids: Tensor) -> Tensor:
         """Rows of `weight` [V, D] in its own dtype: int [B, T] to [B, T, D]."""
         ...

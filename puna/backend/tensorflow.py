@@ -24,7 +24,7 @@ from puna.backend.protocol import Tensor
 
 __all__ = [
     "aliases", "attention", "cache_dtype", "cache_read", "cache_write", "compile_step", "embed",
-    "initialize", "linear", "merge_heads", "place", "prepare", "rms_norm", "rotate", "silu",
+    "gated", "initialize", "linear", "linears", "merge_heads", "place", "prepare", "rms_norm", "rotate", "silu",
     "split_heads", "to_numpy", "value", "while_loop",
 ]  # fmt: skip
 
@@ -40,6 +40,16 @@ def linear(x: Tensor, weight: Tensor, out_dtype: str) -> Tensor:
     y = tf.linalg.matmul(tf.reshape(x, (-1, weight.shape[1])), weight, transpose_b=True)
     y = tf.reshape(y, tf.concat((tf.shape(x)[:-1], weight.shape[:1]), 0))
     return tf.cast(tf.ensure_shape(y, (*x.shape[:-1], weight.shape[0])), out_dtype)
+
+
+def linears(x: Tensor, weights: Sequence[Tensor], out_dtype: str) -> tuple[Tensor, ...]:
+    """See `BackendOps.linears`."""
+    return tuple(linear(x, weight, out_dtype) for weight in weights)
+
+
+def gated(x: Tensor, gate: Tensor, up: Tensor, out_dtype: str) -> Tensor:
+    """See `BackendOps.gated`."""
+    return silu(linear(x, gate, out_dtype)) * linear(x, up, out_dtype)
 
 
 def embed(weight: Tensor, token_ids: Tensor) -> Tensor:

@@ -15,11 +15,11 @@ from torch.nn import functional
 from puna.backend import generic
 from puna.backend.memory import aligned_copy
 from puna.backend.protocol import Place, Tensor
-from puna.backend.torch_linear import linear, multiplies_slowly
+from puna.backend.torch_linear import gated, linear, linears, multiplies_slowly
 
 __all__ = [
-    "aliases", "attention", "cache_dtype", "cache_write", "compile_step", "embed", "gather_rows",
-    "initialize", "linear", "merge_heads", "place", "prepare", "rms_norm", "rotate", "silu",
+    "aliases", "attention", "cache_dtype", "cache_write", "compile_step", "embed", "gated",
+    "gather_rows", "initialize", "linear", "linears", "merge_heads", "place", "prepare", "rms_norm", "rotate", "silu",
     "split_heads", "to_device", "to_numpy", "value", "zeros",
 ]  # fmt: skip
 

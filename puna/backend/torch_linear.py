@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections.abc import Sequence
 
 import torch
 from torch.nn import functional
+
+from puna.backend.kernels import torch_calls
 
 # Where only float32 is multiplied fast, weights are converted block by block, into memory that
 # stays in the processor's cache. From so many rows on, that costs less than it saves
@@ -35,7 +38,29 @@ _scratch = _Scratch()
 
 def linear(x: torch.Tensor, weight: torch.Tensor, out_dtype: str) -> torch.Tensor:
     """See `BackendOps.linear`."""
+    return linears(x, (weight,), out_dtype)[0]
+
+
+def linears(
+    x: torch.Tensor, weights: Sequence[torch.Tensor], out_dtype: str
+) -> tuple[torch.Tensor, ...]:
+    """See `BackendOps.linears`; on a CPU by native kernels."""
     dtype = getattr(torch, out_dtype)
+    if torch_calls.usable(x, weights, dtype):
+        return torch_calls.linears(x.to(weights[0].dtype), weights, dtype)
+    return tuple(_linear(x, weight, dtype) for weight in weights)
+
+
+def gated(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, out_dtype: str) -> torch.Tensor:
+    """See `BackendOps.gated`; on a CPU by a native kernel."""
+    dtype = getattr(torch, out_dtype)
+    if torch_calls.usable(x, (gate, up), dtype):
+        return torch_calls.gated(x.to(gate.dtype), gate, up, dtype)
+    return functional.silu(_linear(x, gate, dtype)) * _linear(x, up, dtype)
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`linear` as torch computes it."""
     if x.dtype != weight.dtype:
         x = x.to(weight.dtype)
     if multiplies_slowly(weight) and _is_worth_converting(x, weight):

@@ -8,7 +8,7 @@ from puna import backend
 from puna.backend.protocol import Place, Tensor
 from puna.config import LlamaConfig
 from puna.layers.cache import Int8LayerCache, LayerCache
-from puna.layers.linear import Linear
+from puna.layers.linear import Linear, linears
 from puna.layers.rope import rotate
 
 
@@ -55,9 +55,8 @@ class Attention(keras.layers.Layer):
         Returns:
             The result `[B, T, D]`, and the cache with the new keys and values in it.
         """
-        query_BNTH = rotate(self._heads(self.q_proj.call(x_BTD)), *rotary)
-        key_BKSH = rotate(self._heads(self.k_proj.call(x_BTD)), *rotary)
-        value_BKSH = self._heads(self.v_proj.call(x_BTD))
+        query, key, value = map(self._heads, linears(x_BTD, self.q_proj, self.k_proj, self.v_proj))
+        query_BNTH, key_BKSH, value_BKSH = rotate(query, *rotary), rotate(key, *rotary), value
         if cache is not None and place is not None:
             cache = cache.write(key_BKSH, value_BKSH, place)
             key_BKSH, value_BKSH = cache.read(place.live, self.compute_dtype)

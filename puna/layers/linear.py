@@ -48,7 +48,16 @@ class Linear(keras.layers.Layer):
 
     def call(self, x: Tensor) -> Tensor:
         """`[..., in]` to `[..., out]`."""
-        dtype = self.compute_dtype
-        out_dtype = self.out_dtype or dtype
-        y = backend.ops.linear(x, backend.ops.value(self.weight, dtype), out_dtype)
-        return y + backend.ops.value(self.bias, out_dtype) if self.use_bias else y
+        return linears(x, self)[0]
+
+
+def linears(x: Tensor, *layers: Linear) -> list[Tensor]:
+    """What several layers of one dtype make of the same `x`, computed together."""
+    dtype = layers[0].compute_dtype
+    out_dtype = layers[0].out_dtype or dtype
+    weights = [backend.ops.value(layer.weight, dtype) for layer in layers]
+    results = backend.ops.linears(x, weights, out_dtype)
+    return [
+        y + backend.ops.value(layer.bias, out_dtype) if layer.use_bias else y
+        for layer, y in zip(layers, results, strict=True)
+    ]

@@ -1,0 +1,100 @@
+"""The native library: found, loaded and called; its interface is `src/kernels.h`."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import warnings
+from pathlib import Path
+
+from puna.errors import BackendError
+
+# Which instructions the kernels use: "avx512", "avx2" or "portable"; "off" means no kernels.
+VARIABLE = "PUNA_KERNELS"
+
+# The numbers of `src/kernels.h` for how numbers are stored.
+KINDS = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "uint8": 4}
+
+
+class Matrix(ctypes.Structure):
+    """`PunaMatrix`."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("low", ctypes.c_void_p),
+        ("out_features", ctypes.c_int64),
+        ("in_features", ctypes.c_int64),
+        ("group", ctypes.c_int64),
+        ("kind", ctypes.c_int32),
+        ("scale_kind", ctypes.c_int32),
+    )
+
+
+class Threads(ctypes.Structure):
+    """`PunaThreads`; without `run`, threads of the library's own."""
+
+    _fields_ = (
+        ("run", ctypes.c_void_p),
+        ("context", ctypes.c_void_p),
+        ("threads", ctypes.c_int),
+    )
+
+
+class KernelsMissingWarning(UserWarning):
+    """The kernels were not built, so products on the CPU are slow."""
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The library, or None where there is none or the user wants none.
+
+    Raises:
+        BackendError: `PUNA_KERNELS` asks for what this machine does not have.
+    """
+    wanted = os.environ.get(VARIABLE, "")
+    if wanted == "off":
+        return None
+    path = _path()
+    if path is None:
+        warnings.warn(
+            "Puna was installed without its native kernels (no C++ compiler was found), so "
+            "half-precision and quantized models are slow on a CPU; to have them, install a C++17 "
+            f"compiler and reinstall. {VARIABLE}=off silences this",
+            KernelsMissingWarning,
+            stacklevel=2,
+        )
+        return None
+    loaded = ctypes.CDLL(str(path))
+    pointer, integer, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    loaded.puna_linear.argtypes = [
+        pointer, pointer, number, integer, pointer, number, pointer, number, number,
+    ]  # fmt: skip
+    loaded.puna_linear.restype = ctypes.c_char_p
+    loaded.puna_linear_transposed.argtypes = [
+        pointer, pointer, number, integer, pointer, pointer, number,
+    ]  # fmt: skip
+    loaded.puna_linear_transposed.restype = ctypes.c_char_p
+    loaded.puna_read.argtypes = [pointer, pointer, integer]
+    loaded.puna_read.restype = ctypes.c_uint64
+    loaded.puna_instructions.restype = ctypes.c_char_p
+    loaded.puna_use_instructions.argtypes = [ctypes.c_char_p]
+    if wanted and not loaded.puna_use_instructions(wanted.encode()):
+        raise BackendError(
+            f"{VARIABLE}={wanted!r} is not to be had here; expected avx512, avx2, portable or off, "
+            "and a processor that has it"
+        )
+    return loaded
+
+
+def _path() -> Path | None:
+    """Where the library lies: beside this file, or where an editable install has put it."""
+    import importlib.resources
+
+    folder = importlib.resources.files("puna.backend.kernels")
+    for name in ("puna_kernels.so", "puna_kernels.dylib"):
+        found = folder / name
+        if found.is_file():
+            return Path(str(found))
+    return None

@@ -1,0 +1,254 @@
+// The C interface: which instructions, how the work is cut, and who does it.
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
+#include "kernel_table.h"
+#include "threads.h"
+
+namespace puna {
+namespace {
+
+// Up to so many rows, a product is bound by reading the weights.
+constexpr int64_t kFewRows = 8;
+// Bytes of weights that a thread takes at a time.
+constexpr int64_t kChunkBytes = 128 << 10;
+constexpr int64_t kMostResults = 256;
+// Many rows: so many at once, whose inputs stay in the second cache, and so many results a chunk.
+constexpr int64_t kRowsAtOnce = 128;
+constexpr int64_t kManyResults = 48;
+// The transposed product: inputs of a chunk, a multiple of every step.
+constexpr int64_t kBackInputs = 96;
+
+struct Named {
+  const char* name;
+  const KernelTable* table;
+  bool (*available)();
+};
+
+const Named kInstructions[] = {
+#if defined(PUNA_X86)
+    {"avx512", &kAvx512Kernels,
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+     }},
+    {"avx2", &kAvx2Kernels,
+     [] {
+       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+              __builtin_cpu_supports("f16c");
+     }},
+#endif
+    {"portable", &kPortableKernels, [] { return true; }},
+};
+
+const Named* best() {
+  for (const Named& candidate : kInstructions)
+    if (candidate.available()) return &candidate;
+  return nullptr;
+}
+
+std::atomic<const Named*> chosen{nullptr};
+
+const Named& instructions() {
+  const Named* now = chosen.load(std::memory_order_relaxed);
+  if (now == nullptr) chosen.store(now = best(), std::memory_order_relaxed);
+  return *now;
+}
+
+// Each thread's own memory, kept between calls: what a caller prepares, and what a chunk computes.
+class Scratch {
+ public:
+  ~Scratch() { std::free(memory_); }
+  float* floats(int64_t count) {
+    if (count > size_) {
+      std::free(memory_);
+      size_ = (count + 1023) / 1024 * 1024;
+      memory_ = static_cast<float*>(std::aligned_alloc(64, 4 * size_));
+    }
+    return memory_;
+  }
+
+ private:
+  float* memory_ = nullptr;
+  int64_t size_ = 0;
+};
+thread_local Scratch prepared, computed;
+
+bool is_float(int32_t kind) { return kind == PUNA_F32 || kind == PUNA_BF16 || kind == PUNA_F16; }
+
+int64_t row_bytes(const PunaMatrix& m) {
+  switch (m.kind) {
+    case PUNA_F32: return 4 * m.in;
+    case PUNA_I8: return m.in;
+    case PUNA_U4: return (m.in + 1) / 2;
+    default: return 2 * m.in;
+  }
+}
+
+char* at(void* data, int32_t kind, int64_t index) {
+  return static_cast<char*>(data) + index * (kind == PUNA_F32 ? 4 : 2);
+}
+
+const char* problem(const PunaMatrix& m) {
+  if (m.data == nullptr || m.out < 1 || m.in < 1) return "a matrix is empty";
+  if (is_float(m.kind)) return nullptr;
+  if (m.kind != PUNA_I8 && m.kind != PUNA_U4) return "a matrix is of no known kind";
+  if (m.scale == nullptr || !is_float(m.scale_kind)) return "a quantized matrix has no scale";
+  if (m.group < 1 || (m.group < m.in && m.group % 32 != 0))
+    return "a group is neither a multiple of 32 nor all inputs";
+  return nullptr;
+}
+
+// Results of a chunk, and how many chunks a matrix has.
+int64_t few_chunk(const PunaMatrix& m) {
+  int64_t results = kChunkBytes / row_bytes(m) / 8 * 8;
+  return std::clamp<int64_t>(results, 8, kMostResults);
+}
+
+int64_t chunks(int64_t all, int64_t each) { return (all + each - 1) / each; }
+
+struct Call {
+  const KernelTable& kernels;
+  const PunaThreads& threads;
+  const PunaMatrix* matrices;
+  int count;
+  int64_t rows;
+  void* const* y;
+  int32_t y_kind;
+  bool gated;
+
+  // Calls `body(matrix, begin, end)` for every chunk of the results.
+  template <typename Body>
+  void each_chunk(int64_t (*size)(const PunaMatrix&), Body body) const {
+    int64_t all = 0;
+    int asked = gated ? 1 : count;
+    for (int i = 0; i < asked; ++i) all += chunks(matrices[i].out, size(matrices[i]));
+    parallel(threads, all, [&](int64_t chunk) {
+      int i = 0;
+      for (int64_t here; chunk >= (here = chunks(matrices[i].out, size(matrices[i]))); ++i)
+        chunk -= here;
+      int64_t each = size(matrices[i]);
+      body(i, chunk * each, std::min(matrices[i].out, (chunk + 1) * each));
+    });
+  }
+
+  void few(const void* x, int32_t x_kind) const {
+    const PunaMatrix& first = matrices[0];
+    float* scratch = prepared.floats(kernels.few_scratch(first, rows));
+    kernels.few_prepare(first, x, x_kind, rows, scratch);
+    each_chunk(few_chunk, [&](int i, int64_t begin, int64_t end) {
+      float values[kFewRows * kMostResults], ups[kFewRows * kMostResults];
+      kernels.few(matrices[i], scratch, rows, begin, end, values, kMostResults);
+      if (gated) kernels.few(matrices[1], scratch, rows, begin, end, ups, kMostResults);
+      for (int64_t row = 0; row < rows; ++row)
+        kernels.finish(values + row * kMostResults, gated ? ups + row * kMostResults : nullptr, 1,
+                       end - begin, y[i], y_kind, row * matrices[i].out + begin);
+    });
+  }
+
+  void many(const void* x, int32_t x_kind, int64_t row) const {
+    const PunaMatrix& first = matrices[0];
+    int64_t tiles = chunks(rows, kernels.tile), stride = tiles * kernels.tile;
+    float* scratch = prepared.floats(kernels.many_scratch(first, rows));
+    parallel(threads, tiles,
+             [&](int64_t tile) { kernels.many_pack(first, x, x_kind, rows, tile, scratch); });
+    each_chunk([](const PunaMatrix&) { return kManyResults; },
+               [&](int i, int64_t begin, int64_t end) {
+                 float* values = computed.floats(2 * kManyResults * stride);
+                 float* ups = gated ? values + kManyResults * stride : nullptr;
+                 kernels.many(matrices[i], scratch, rows, begin, end, values);
+                 if (gated) kernels.many(matrices[1], scratch, rows, begin, end, ups);
+                 for (int64_t j = 0; j < rows; ++j)
+                   kernels.finish(values + j, gated ? ups + j : nullptr, stride, end - begin, y[i],
+                                  y_kind, (row + j) * matrices[i].out + begin);
+               });
+  }
+};
+
+}  // namespace
+}  // namespace puna
+
+using namespace puna;
+
+extern "C" {
+
+const char* puna_linear(const PunaThreads* threads, const void* x, int32_t x_kind, int64_t rows,
+                        const PunaMatrix* matrices, int32_t count, void* const* y, int32_t y_kind,
+                        int32_t gated) {
+  if (!is_float(x_kind) || !is_float(y_kind)) return "rows and results are floats";
+  if (count < 1 || (gated && count != 2)) return "there is no such number of matrices";
+  for (int i = 0; i < count; ++i) {
+    const PunaMatrix &m = matrices[i], &first = matrices[0];
+    if (const char* why = problem(m)) return why;
+    if (m.in != first.in || m.kind != first.kind || (m.low == nullptr) != (first.low == nullptr) ||
+        (!is_float(m.kind) && m.group != first.group))
+      return "matrices that are multiplied together differ in kind";
+    if (gated && m.out != first.out) return "gate and up differ in size";
+  }
+  if (rows <= kFewRows) {
+    if (rows > 0)
+      Call{*instructions().table, *threads, matrices, count, rows, y, y_kind, gated != 0}.few(
+          x, x_kind);
+    return nullptr;
+  }
+  for (int64_t row = 0; row < rows; row += kRowsAtOnce) {
+    int64_t here = std::min(kRowsAtOnce, rows - row);
+    const void* from = at(const_cast<void*>(x), x_kind, row * matrices[0].in);
+    Call{*instructions().table, *threads, matrices, count, here, y, y_kind, gated != 0}.many(
+        from, x_kind, row);
+  }
+  return nullptr;
+}
+
+const char* puna_linear_transposed(const PunaThreads* threads, const void* y, int32_t y_kind,
+                                   int64_t rows, const PunaMatrix* matrix, void* x,
+                                   int32_t x_kind) {
+  if (!is_float(x_kind) || !is_float(y_kind)) return "rows and results are floats";
+  if (const char* why = problem(*matrix)) return why;
+  const KernelTable& kernels = *instructions().table;
+  const PunaMatrix& m = *matrix;
+  for (int64_t row = 0; row < rows; row += kRowsAtOnce) {
+    int64_t here = std::min(kRowsAtOnce, rows - row);
+    int64_t tiles = chunks(here, kernels.tile), stride = tiles * kernels.tile;
+    float* scratch = prepared.floats(kernels.back_scratch(m, here));
+    const void* from = at(const_cast<void*>(y), y_kind, row * m.out);
+    parallel(*threads, tiles,
+             [&](int64_t tile) { kernels.back_pack(m, from, y_kind, here, tile, scratch); });
+    parallel(*threads, chunks(m.in, kBackInputs), [&](int64_t chunk) {
+      int64_t begin = chunk * kBackInputs, end = std::min(m.in, begin + kBackInputs);
+      float* values = computed.floats(kBackInputs * stride);
+      kernels.back(m, scratch, here, begin, end, values);
+      for (int64_t j = 0; j < here; ++j)
+        kernels.finish(values + j, nullptr, stride, end - begin, x, x_kind,
+                       (row + j) * m.in + begin);
+    });
+  }
+  return nullptr;
+}
+
+uint64_t puna_read(const PunaThreads* threads, const void* data, int64_t bytes) {
+  const KernelTable& kernels = *instructions().table;
+  std::atomic<uint64_t> total{0};
+  parallel(*threads, chunks(bytes, kChunkBytes), [&](int64_t chunk) {
+    int64_t begin = chunk * kChunkBytes, count = std::min(kChunkBytes, bytes - begin);
+    total += kernels.read(static_cast<const uint8_t*>(data) + begin, count);
+  });
+  return total;
+}
+
+const char* puna_instructions(void) { return instructions().name; }
+
+int puna_use_instructions(const char* name) {
+  for (const Named& candidate : kInstructions) {
+    if (std::strcmp(candidate.name, name) == 0 && candidate.available()) {
+      chosen.store(&candidate, std::memory_order_relaxed);
+      return 1;
+    }
+  }
+  return 0;
+}
+
+}  // extern "C"

@@ -1,0 +1,140 @@
+// A few rows times a matrix: each weight is read once, from memory, and used for all rows.
+//
+// Every result is one vector of partial sums, filled in the order of the inputs: it is the same,
+// bit for bit, however many rows go together.
+
+#ifndef PUNA_FEW_ROWS_H_
+#define PUNA_FEW_ROWS_H_
+
+#include <algorithm>
+
+#include "few_quantized.h"
+#include "weights.h"
+
+namespace puna {
+namespace PUNA_ISA {
+
+PUNA_INLINE bool is_quantized(const PunaMatrix& m) {
+  return m.kind == PUNA_I8 || m.kind == PUNA_U4;
+}
+
+// Floats of scratch for a row of x.
+PUNA_INLINE int64_t few_row(const PunaMatrix& m) {
+  return is_quantized(m) ? QuantizedLayout(m).row : (m.in + kStep - 1) / kStep * kStep;
+}
+
+inline int64_t few_scratch(const PunaMatrix& m, int64_t rows) { return few_row(m) * rows; }
+
+inline void few_prepare(const PunaMatrix& m, const void* x, int32_t x_kind, int64_t rows,
+                        float* scratch) {
+  for (int64_t row = 0; row < rows; ++row) {
+    float* to = scratch + row * few_row(m);
+    if (is_quantized(m)) {
+      prepare_quantized(m, x, x_kind, row, to);
+      continue;
+    }
+    if (x_kind == PUNA_F32)
+      std::memcpy(to, static_cast<const float*>(x) + row * m.in, 4 * m.in);
+    else
+      for (int64_t k = 0; k < m.in; ++k) to[k] = read_float(x, x_kind, row * m.in + k);
+    if (m.kind != PUNA_BF16) continue;
+    float step[kStep];  // in the order of the weights' steps
+    for (int64_t k = 0; k < m.in / kStep * kStep; k += kStep) {
+      for (int i = 0; i < kStep; ++i) step[i] = to[interleaved(k + i)];
+      std::memcpy(to + k, step, sizeof step);
+    }
+  }
+}
+
+// R results of each of M rows.
+template <typename Read, int M, int R>
+PUNA_INLINE void floats_some(const PunaMatrix& m, const float* x, int64_t x_row, int64_t out,
+                             float* y, int64_t y_stride) {
+  Read readers[R];
+  Floats total[R][M] = {};
+  for (int r = 0; r < R; ++r) readers[r] = Read(m, out + r);
+  int64_t whole = m.in / kStep * kStep;
+  for (int64_t k = 0; k < whole; k += kStep) {
+    constexpr int64_t kBytes = sizeof *readers[0].row * kStep;
+    if constexpr (M > 1) prefetch<kBytes * R>(readers[0].row + R * m.in + k * R);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      Floats a, b;
+      readers[r].step(k, a, b);
+#pragma GCC unroll 8
+      for (int i = 0; i < M; ++i) {
+        total[r][i] += a * load<Floats>(x + i * x_row + k);
+        total[r][i] += b * load<Floats>(x + i * x_row + k + kLanes);
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int i = 0; i < M; ++i) {
+      float result = sum(total[r][i]);
+      for (int64_t k = whole; k < m.in; ++k) result += readers[r].one(k) * x[i * x_row + k];
+      y[i * y_stride + r] = result;
+    }
+  }
+}
+
+template <typename Read, int M, int R>
+PUNA_INLINE void few_some(const PunaMatrix& m, const float* x, int64_t x_row, int64_t out, float* y,
+                          int64_t y_stride) {
+  if constexpr (std::is_same<Read, ReadI8>::value)
+    quantized_some<Read, BlockI8, M, R>(m, x, x_row, out, y, y_stride);
+  else if constexpr (std::is_same<Read, ReadU4>::value)
+    quantized_some<Read, BlockU4, M, R>(m, x, x_row, out, y, y_stride);
+  else
+    floats_some<Read, M, R>(m, x, x_row, out, y, y_stride);
+}
+
+template <typename Read, int M>
+void few_results(const PunaMatrix& m, const float* x, int64_t x_row, int64_t begin, int64_t end,
+                 float* y, int64_t y_stride) {
+  // As many results at once as there are registers for their sums, and for other rows' latency.
+  constexpr int R = M == 1 ? 4 : 2;
+  int64_t out = begin;
+  for (; out + R <= end; out += R) few_some<Read, M, R>(m, x, x_row, out, y + out - begin, y_stride);
+  for (; out < end; ++out) few_some<Read, M, 1>(m, x, x_row, out, y + out - begin, y_stride);
+}
+
+template <typename Read>
+void few_all(const PunaMatrix& m, const float* scratch, int64_t rows, int64_t begin, int64_t end,
+             float* y, int64_t y_stride) {
+  int64_t x_row = few_row(m);
+  // More than four rows: some results for four of them, then for the next, with the weights near.
+  constexpr int64_t kNear = 4;
+  for (int64_t some = begin; some < end; some += rows > 4 ? kNear : end - begin) {
+    int64_t until = rows > 4 ? std::min(end, some + kNear) : end;
+    for (int64_t row = 0; row < rows;) {
+      const float* x = scratch + row * x_row;
+      float* to = y + row * y_stride + some - begin;
+      int64_t left = rows - row;
+      if (left >= 4) {
+        few_results<Read, 4>(m, x, x_row, some, until, to, y_stride), row += 4;
+      } else if (left == 3) {
+        few_results<Read, 3>(m, x, x_row, some, until, to, y_stride), row += 3;
+      } else if (left == 2) {
+        few_results<Read, 2>(m, x, x_row, some, until, to, y_stride), row += 2;
+      } else {
+        few_results<Read, 1>(m, x, x_row, some, until, to, y_stride), row += 1;
+      }
+    }
+  }
+}
+
+inline void few(const PunaMatrix& m, const float* scratch, int64_t rows, int64_t begin, int64_t end,
+                float* y, int64_t y_stride) {
+  switch (m.kind) {
+    case PUNA_F32: return few_all<ReadF32>(m, scratch, rows, begin, end, y, y_stride);
+    case PUNA_BF16: return few_all<ReadBF16>(m, scratch, rows, begin, end, y, y_stride);
+    case PUNA_F16: return few_all<ReadF16>(m, scratch, rows, begin, end, y, y_stride);
+    case PUNA_I8: return few_all<ReadI8>(m, scratch, rows, begin, end, y, y_stride);
+    default: return few_all<ReadU4>(m, scratch, rows, begin, end, y, y_stride);
+  }
+}
+
+}  // namespace PUNA_ISA
+}  // namespace puna
+
+#endif  // PUNA_FEW_ROWS_H_

@@ -1,0 +1,38 @@
+// The kernels for one set of instructions: compiled once for each, see CMakeLists.txt.
+
+#include "kernel_table.h"
+#include "many_rows.h"
+
+namespace puna {
+namespace PUNA_ISA {
+
+static void finish(const float* y, const float* up, int64_t stride, int64_t count, void* to,
+                   int32_t kind, int64_t at) {
+  for (int64_t i = 0; i < count; ++i) {
+    float value = y[i * stride];
+    if (up != nullptr) value = value / (1.0f + std::exp(-value)) * up[i * stride];
+    write_float(to, kind, at + i, value);
+  }
+}
+
+static uint64_t read(const uint8_t* data, int64_t bytes) {
+  Words total[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * int64_t{sizeof(Words)} <= bytes; i += 4 * sizeof(Words))
+    for (int j = 0; j < 4; ++j) total[j] ^= load<Words>(data + i + j * sizeof(Words));
+  uint64_t result = 0;
+  for (; i < bytes; ++i) result += data[i];
+  for (int j = 0; j < 4; ++j)
+    for (int lane = 0; lane < kLanes; ++lane) result += total[j][lane];
+  return result;
+}
+
+}  // namespace PUNA_ISA
+
+const KernelTable PUNA_TABLE = {
+    PUNA_ISA::few_scratch,  PUNA_ISA::few_prepare,  PUNA_ISA::few,          PUNA_ISA::kTile,
+    PUNA_ISA::many_scratch, PUNA_ISA::many_pack,    PUNA_ISA::many,         PUNA_ISA::back_scratch,
+    PUNA_ISA::back_pack,    PUNA_ISA::back,         PUNA_ISA::finish,       PUNA_ISA::read,
+};
+
+}  // namespace puna

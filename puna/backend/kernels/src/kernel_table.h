@@ -1,0 +1,51 @@
+// What each set of instructions offers, for dispatch.cpp to choose from.
+
+#ifndef PUNA_KERNEL_TABLE_H_
+#define PUNA_KERNEL_TABLE_H_
+
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace puna {
+
+// Scratch memory and the order of work are the caller's; see dispatch.cpp.
+struct KernelTable {
+  // Floats of scratch that `few_prepare` fills for `rows` rows, and that `few` reads.
+  int64_t (*few_scratch)(const PunaMatrix& m, int64_t rows);
+  void (*few_prepare)(const PunaMatrix& m, const void* x, int32_t x_kind, int64_t rows,
+                      float* scratch);
+  // Results [begin, end) of few rows, each [rows, end - begin] in float32.
+  void (*few)(const PunaMatrix& m, const float* scratch, int64_t rows, int64_t begin, int64_t end,
+              float* y, int64_t y_stride);
+
+  // Rows are taken in tiles of `tile`; `many_pack` puts one tile of x, all inputs, in its place.
+  int64_t tile;
+  int64_t (*many_scratch)(const PunaMatrix& m, int64_t rows);
+  void (*many_pack)(const PunaMatrix& m, const void* x, int32_t x_kind, int64_t rows,
+                    int64_t which, float* scratch);
+  // As `few`, with the results transposed: y [end - begin, tiles * tile].
+  void (*many)(const PunaMatrix& m, const float* scratch, int64_t rows, int64_t begin, int64_t end,
+               float* y);
+  // x [end - begin, tiles * tile] for inputs [begin, end), from y packed by `many_pack_back`.
+  int64_t (*back_scratch)(const PunaMatrix& m, int64_t rows);
+  void (*back_pack)(const PunaMatrix& m, const void* y, int32_t y_kind, int64_t rows,
+                    int64_t which, float* scratch);
+  void (*back)(const PunaMatrix& m, const float* scratch, int64_t rows, int64_t begin, int64_t end,
+               float* x);
+
+  // Writes `count` results of one row; with `up`, silu(y) * up.
+  void (*finish)(const float* y, const float* up, int64_t stride, int64_t count, void* to,
+                 int32_t kind, int64_t at);
+  uint64_t (*read)(const uint8_t* data, int64_t bytes);
+};
+
+extern const KernelTable kPortableKernels;
+#if defined(PUNA_X86)
+extern const KernelTable kAvx2Kernels;
+extern const KernelTable kAvx512Kernels;
+#endif
+
+}  // namespace puna
+
+#endif  // PUNA_KERNEL_TABLE_H_

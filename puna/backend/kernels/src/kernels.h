@@ -1,0 +1,72 @@
+// Products of a few or many rows with a weight matrix, on a CPU: the plain C interface.
+//
+// A matrix is (out, in), as checkpoints store it, and stays in the dtype it is stored in.
+
+#ifndef PUNA_KERNELS_H_
+#define PUNA_KERNELS_H_
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// How numbers are stored. The names in Python are in puna/backend/kernels/library.py.
+enum {
+  PUNA_F32 = 0,
+  PUNA_BF16 = 1,
+  PUNA_F16 = 2,
+  PUNA_I8 = 3,  // a weight is scale * q, or scale * q + low
+  PUNA_U4 = 4,  // two to a byte, the lower half first: scale * (q - 8), or scale * q + low
+};
+
+typedef struct {
+  const void* data;   // [out, in], or [out, ceil(in / 2)] bytes for PUNA_U4
+  const void* scale;  // [out, ceil(in / group)]; NULL for the floats
+  const void* low;    // like scale, or NULL
+  int64_t out;
+  int64_t in;
+  int64_t group;       // inputs that share a scale: a multiple of 32, or all of them
+  int32_t kind;        // of data
+  int32_t scale_kind;  // of scale and low: one of the floats
+} PunaMatrix;
+
+// Runs `task(data)` on this thread and on up to `helpers` others, and returns when all are done.
+typedef void (*PunaRun)(void* context, int helpers, void (*task)(void*), void* data);
+
+typedef struct {
+  PunaRun run;  // NULL means threads of our own
+  void* context;
+  int threads;
+} PunaThreads;
+
+// y[m] [rows, out] = x [rows, in] times the transpose of each matrix m. With `gated` there are two
+// matrices and one result, silu(x times the first) * (x times the second).
+// Returns NULL, or what is wrong with the arguments.
+const char* puna_linear(const PunaThreads* threads, const void* x, int32_t x_kind, int64_t rows,
+                        const PunaMatrix* matrices, int32_t count, void* const* y, int32_t y_kind,
+                        int32_t gated);
+
+// x [rows, in] = y [rows, out] times the matrix: the gradient of `puna_linear` by x.
+const char* puna_linear_transposed(const PunaThreads* threads, const void* y, int32_t y_kind,
+                                   int64_t rows, const PunaMatrix* matrix, void* x,
+                                   int32_t x_kind);
+
+// Every byte is read, by all threads: what the memory gives. The result depends on all of them.
+uint64_t puna_read(const PunaThreads* threads, const void* data, int64_t bytes);
+
+// Which instructions are used: "avx512", "avx2" or "portable".
+const char* puna_instructions(void);
+
+// Use these instead, from the next call on. Returns 0 where this machine lacks them.
+int puna_use_instructions(const char* name);
+
+// `GOMP_parallel` of a program that has an OpenMP of its own, so that its threads are used. Its
+// `context` is that function.
+void puna_run_gomp(void* context, int helpers, void (*task)(void*), void* data);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif  // PUNA_KERNELS_H_

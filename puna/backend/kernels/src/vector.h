@@ -1,0 +1,177 @@
+// Vectors of float32 and the conversions into them, for the instructions that a file is compiled
+// with: PUNA_LANES is how many floats a vector holds.
+
+#ifndef PUNA_VECTOR_H_
+#define PUNA_VECTOR_H_
+
+#include <cmath>
+#include <type_traits>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#include "kernels.h"
+
+#define PUNA_INLINE inline __attribute__((always_inline))
+
+namespace puna {
+namespace PUNA_ISA {
+
+constexpr int kLanes = PUNA_LANES;
+// What one step along the inputs takes: two vectors.
+constexpr int kStep = 2 * kLanes;
+
+typedef float Floats __attribute__((vector_size(4 * PUNA_LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * PUNA_LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * PUNA_LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * PUNA_LANES)));
+typedef int8_t SignedBytes __attribute__((vector_size(PUNA_LANES)));
+typedef uint8_t Bytes __attribute__((vector_size(PUNA_LANES)));
+
+template <typename V, typename T>
+PUNA_INLINE V load(const T* from) {
+  V v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+template <typename T>
+PUNA_INLINE void store(T* to, Floats v) {
+  std::memcpy(to, &v, sizeof v);
+}
+
+// Rows are short, and the processor's own prefetching ends with a page and begins anew: so what comes
+// next is asked for.
+template <int64_t bytes>
+PUNA_INLINE void prefetch(const void* from) {
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i);
+}
+
+PUNA_INLINE Floats splat(float f) {
+#if PUNA_LANES == 16
+  return Floats{f, f, f, f, f, f, f, f, f, f, f, f, f, f, f, f};
+#elif PUNA_LANES == 8
+  return Floats{f, f, f, f, f, f, f, f};
+#else
+  return Floats{f, f, f, f};
+#endif
+}
+
+// The lanes' sum, always in the same order.
+PUNA_INLINE float sum(Floats v) {
+  float lanes[kLanes];
+  std::memcpy(lanes, &v, sizeof v);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+
+PUNA_INLINE float from_bf16(uint16_t bits) {
+  uint32_t word = uint32_t{bits} << 16;
+  float f;
+  std::memcpy(&f, &word, sizeof f);
+  return f;
+}
+
+PUNA_INLINE uint16_t to_bf16(float f) {
+  uint32_t word;
+  std::memcpy(&word, &f, sizeof f);
+  if ((word & 0x7fffffff) > 0x7f800000) return uint16_t((word >> 16) | 0x40);  // not a number
+  return uint16_t((word + 0x7fff + ((word >> 16) & 1)) >> 16);                 // ties to even
+}
+
+PUNA_INLINE float from_f16(uint16_t bits) {
+#if defined(__F16C__)
+  return _cvtsh_ss(bits);
+#else
+  uint32_t word = uint32_t(bits & 0x7fff) << 13;
+  // Exponents of 15 bits' bias become 127's by a product, which subnormal numbers survive.
+  float f;
+  std::memcpy(&f, &word, sizeof f);
+  f *= 0x1p112f;
+  std::memcpy(&word, &f, sizeof f);
+  if ((bits & 0x7c00) == 0x7c00) word |= 0x7f800000;
+  word |= uint32_t(bits & 0x8000) << 16;
+  std::memcpy(&f, &word, sizeof f);
+  return f;
+#endif
+}
+
+PUNA_INLINE uint16_t to_f16(float f) {
+#if defined(__F16C__)
+  return uint16_t(_cvtss_sh(f, _MM_FROUND_TO_NEAREST_INT));
+#else
+  uint32_t word;
+  std::memcpy(&word, &f, sizeof f);
+  uint32_t sign = (word >> 16) & 0x8000;
+  word &= 0x7fffffff;
+  if (word > 0x7f800000) return uint16_t(sign | 0x7e00);
+  if (word >= 0x47800000) return uint16_t(sign | 0x7c00);
+  if (word < 0x38800000) {  // subnormal: let the addition of a half round
+    float half;
+    std::memcpy(&half, &word, sizeof half);
+    half += 0.5f;
+    std::memcpy(&word, &half, sizeof half);
+    return uint16_t(sign | (word - 0x3f000000));
+  }
+  word += 0xc8000fff + ((word >> 13) & 1);
+  return uint16_t(sign | (word >> 13));
+#endif
+}
+
+PUNA_INLINE float read_float(const void* data, int32_t kind, int64_t i) {
+  if (kind == PUNA_F32) return static_cast<const float*>(data)[i];
+  uint16_t bits = static_cast<const uint16_t*>(data)[i];
+  return kind == PUNA_BF16 ? from_bf16(bits) : from_f16(bits);
+}
+
+PUNA_INLINE void write_float(void* data, int32_t kind, int64_t i, float f) {
+  if (kind == PUNA_F32)
+    static_cast<float*>(data)[i] = f;
+  else
+    static_cast<uint16_t*>(data)[i] = kind == PUNA_BF16 ? to_bf16(f) : to_f16(f);
+}
+
+PUNA_INLINE Floats halves_to_floats(const uint16_t* from) {
+#if defined(__AVX512F__) && PUNA_LANES == 16
+  return Floats(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+#elif defined(__F16C__) && PUNA_LANES == 8
+  return Floats(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#else
+  Words bits = __builtin_convertvector(load<Halves>(from), Words);
+  Floats f = Floats((bits & 0x7fff) << 13) * splat(0x1p112f);
+  Words infinite = Words((bits & 0x7c00) == 0x7c00) & 0x7f800000;
+  return Floats(Words(f) | infinite | ((bits & 0x8000) << 16));
+#endif
+}
+
+PUNA_INLINE Floats bytes_to_floats(const int8_t* from) {
+#if defined(__AVX512F__) && PUNA_LANES == 16
+  __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return Floats(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)));
+#elif defined(__AVX2__) && PUNA_LANES == 8
+  __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+  return Floats(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)));
+#else
+  return __builtin_convertvector(__builtin_convertvector(load<SignedBytes>(from), Ints), Floats);
+#endif
+}
+
+PUNA_INLINE Words bytes_to_words(const uint8_t* from) {
+#if defined(__AVX512F__) && PUNA_LANES == 16
+  return Words(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#elif defined(__AVX2__) && PUNA_LANES == 8
+  return Words(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+#else
+  return __builtin_convertvector(load<Bytes>(from), Words);
+#endif
+}
+
+}  // namespace PUNA_ISA
+}  // namespace puna
+
+#endif  // PUNA_VECTOR_H_

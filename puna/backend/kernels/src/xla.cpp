@@ -1,0 +1,162 @@
+// The kernels as calls that a program compiled by XLA can make, on XLA's own threads.
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <memory>
+
+#include "kernels.h"
+#include "xla_ffi.h"
+
+namespace puna::xla {
+namespace {
+
+constexpr int kInvalidArgument = 3;
+
+Error* refuse(const CallFrame* frame, const char* why) {
+  ErrorCreateArgs args{sizeof args, nullptr, why, kInvalidArgument};
+  return frame->api->error_create(&args);
+}
+
+// XLA asks, when a handler is registered, which version it was made for. What is used here has kept
+// its place in all of 0.x.
+bool answers_version(const CallFrame* frame) {
+  if (frame->extension_start == nullptr || frame->extension_start->type != kMetadata) return false;
+  auto* extension = reinterpret_cast<MetadataExtension*>(frame->extension_start);
+  extension->metadata->api_version.major_version = frame->api->api_version.major_version;
+  extension->metadata->api_version.minor_version = frame->api->api_version.minor_version;
+  extension->metadata->traits = 0;
+  return true;
+}
+
+// Work that XLA's threads may join. One that comes when all is done finds nothing to do, perhaps
+// long after the call: so it holds the record, and only the record.
+struct Shared {
+  void (*task)(void*);
+  void* data;
+  std::atomic<int> inside{1};     // who works now, the caller included
+  std::atomic<bool> over{false};  // no more may begin
+};
+
+void join(void* pointer) {
+  std::unique_ptr<std::shared_ptr<Shared>> held(static_cast<std::shared_ptr<Shared>*>(pointer));
+  Shared& shared = **held;
+  shared.inside.fetch_add(1);
+  if (!shared.over.load()) shared.task(shared.data);
+  shared.inside.fetch_sub(1);
+}
+
+void run_on_xla(void* context, int helpers, void (*task)(void*), void* data) {
+  const CallFrame* frame = static_cast<const CallFrame*>(context);
+  auto shared = std::make_shared<Shared>();
+  shared->task = task, shared->data = data;
+  for (int i = 0; i < helpers; ++i) {
+    auto held = std::make_unique<std::shared_ptr<Shared>>(shared);
+    ScheduleArgs args{sizeof args, nullptr, frame->context, join, held.get()};
+    if (frame->api->thread_pool_schedule(&args) != nullptr) break;  // no pool: the caller works
+    held.release();
+  }
+  task(data);
+  // All pieces are taken. Who has one is waited for; who comes from here on must not look.
+  shared->over.store(true);
+  shared->inside.fetch_sub(1);
+  while (shared->inside.load() > 0) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+  }
+}
+
+PunaThreads threads_of(const CallFrame* frame) {
+  int64_t count = 1;
+  NumThreadsArgs args{sizeof args, nullptr, frame->context, &count};
+  if (frame->api->thread_pool_num_threads(&args) != nullptr) count = 1;
+  return {run_on_xla, const_cast<CallFrame*>(frame), int(count)};
+}
+
+int32_t kind_of(const Buffer& buffer) {
+  switch (buffer.dtype) {
+    case kF32: return PUNA_F32;
+    case kBF16: return PUNA_BF16;
+    case kF16: return PUNA_F16;
+    case kS8: return PUNA_I8;
+    case kU8: return PUNA_U4;
+    default: return -1;
+  }
+}
+
+int64_t attribute(const CallFrame* frame, const char* name) {
+  const Attributes& all = frame->attributes;
+  for (int64_t i = 0; i < all.size; ++i) {
+    if (all.names[i]->size != std::strlen(name) ||
+        std::memcmp(all.names[i]->data, name, all.names[i]->size) != 0)
+      continue;
+    const Scalar& scalar = *static_cast<const Scalar*>(all.values[i]);
+    if (scalar.dtype == kS64) return *static_cast<const int64_t*>(scalar.value);
+  }
+  return 0;
+}
+
+// A matrix from its buffers: data, and where it is quantized scale and perhaps low.
+PunaMatrix matrix_of(Buffer** buffers, int64_t parts, int64_t in, int64_t group) {
+  PunaMatrix m{};
+  m.data = buffers[0]->data;
+  m.out = buffers[0]->dims[0];
+  m.in = in;
+  m.kind = kind_of(*buffers[0]);
+  m.group = group;
+  if (parts > 1) m.scale = buffers[1]->data, m.scale_kind = kind_of(*buffers[1]);
+  if (parts > 2) m.low = buffers[2]->data;
+  return m;
+}
+
+int64_t rows_of(const Buffer& buffer) {
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < buffer.rank; ++i) rows *= buffer.dims[i];
+  return rows;
+}
+
+constexpr int kMostMatrices = 8;
+
+}  // namespace
+}  // namespace puna::xla
+
+using namespace puna::xla;
+
+extern "C" {
+
+// Arguments: x [..., in], and each matrix's `parts` buffers. Results: of each matrix [..., out].
+void* puna_xla_linear(void* pointer) {
+  const CallFrame* frame = static_cast<const CallFrame*>(pointer);
+  if (answers_version(frame)) return nullptr;
+  int64_t parts = attribute(frame, "parts"), group = attribute(frame, "group");
+  int64_t gated = attribute(frame, "gated"), count = (frame->arguments.size - 1) / parts;
+  if (count > kMostMatrices) return refuse(frame, "too many matrices for one call");
+  const Buffer& x = *frame->arguments.buffers[0];
+  PunaMatrix matrices[kMostMatrices];
+  void* y[kMostMatrices];
+  for (int64_t i = 0; i < count; ++i)
+    matrices[i] =
+        matrix_of(frame->arguments.buffers + 1 + i * parts, parts, x.dims[x.rank - 1], group);
+  for (int64_t i = 0; i < frame->results.size; ++i) y[i] = frame->results.buffers[i]->data;
+  PunaThreads threads = threads_of(frame);
+  const char* why =
+      puna_linear(&threads, x.data, kind_of(x), rows_of(x), matrices, int32_t(count), y,
+                  kind_of(*frame->results.buffers[0]), int32_t(gated));
+  return why == nullptr ? nullptr : refuse(frame, why);
+}
+
+// Arguments: y [..., out] and a matrix's buffers. Result: x [..., in].
+void* puna_xla_linear_transposed(void* pointer) {
+  const CallFrame* frame = static_cast<const CallFrame*>(pointer);
+  if (answers_version(frame)) return nullptr;
+  const Buffer &y = *frame->arguments.buffers[0], &x = *frame->results.buffers[0];
+  PunaMatrix m = matrix_of(frame->arguments.buffers + 1, attribute(frame, "parts"),
+                           x.dims[x.rank - 1], attribute(frame, "group"));
+  PunaThreads threads = threads_of(frame);
+  const char* why =
+      puna_linear_transposed(&threads, y.data, kind_of(y), rows_of(y), &m, x.data, kind_of(x));
+  return why == nullptr ? nullptr : refuse(frame, why);
+}
+
+}  // extern "C"

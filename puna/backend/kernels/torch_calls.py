@@ -1,0 +1,135 @@
+"""The native kernels on torch tensors, on torch's own threads, with gradients."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from puna.backend.kernels.library import KINDS, Matrix, Threads, library
+from puna.errors import BackendError
+
+_KINDS = {getattr(torch, name): kind for name, kind in KINDS.items()}
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def usable(x: torch.Tensor, weights: Sequence[torch.Tensor], out_dtype: torch.dtype) -> bool:
+    """Whether the kernels take this product; a program that torch compiles cannot look inside."""
+    dtype = weights[0].dtype
+    return (
+        x.is_cpu
+        and dtype in _FLOATS
+        and out_dtype in _FLOATS
+        and all(w.dtype is dtype and w.is_cpu and w.is_contiguous() for w in weights)
+        and library() is not None
+        and not torch.compiler.is_compiling()
+        and not torch._C._functorch.peek_interpreter_stack()
+    )
+
+
+def linears(
+    x: torch.Tensor, weights: Sequence[torch.Tensor], out_dtype: torch.dtype
+) -> tuple[torch.Tensor, ...]:
+    """`x` [..., in] times the transpose of each weight [out, in]."""
+    if _wants_gradients(x, *weights):
+        return tuple(_Linear.apply(x, weight, out_dtype) for weight in weights)
+    return _call(x, weights, out_dtype)
+
+
+def gated(
+    x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, out_dtype: torch.dtype
+) -> torch.Tensor:
+    """`silu(x · gate) · (x · up)`, in one call where no gradient is wanted."""
+    if _wants_gradients(x, gate, up):
+        gate_out, up_out = linears(x, (gate, up), out_dtype)
+        return torch.nn.functional.silu(gate_out) * up_out
+    return _call(x, (gate, up), out_dtype, gated=1)[0]
+
+
+def _wants_gradients(*tensors: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, out_dtype: torch.dtype):
+        ctx.save_for_backward(x, weight)
+        return _call(x, (weight,), out_dtype)[0]
+
+    @staticmethod
+    def backward(ctx: Any, *changes: torch.Tensor):
+        x, weight = ctx.saved_tensors
+        dy = changes[0].contiguous()
+        dx = _transposed(dy, weight, x.dtype) if ctx.needs_input_grad[0] else None
+        dw = None
+        if ctx.needs_input_grad[1]:
+            rows = x.reshape(-1, x.shape[-1]).float()
+            dw = (dy.reshape(-1, dy.shape[-1]).float().t() @ rows).to(weight.dtype)
+        return dx, dw, None
+
+
+def _call(
+    x: torch.Tensor, weights: Sequence[torch.Tensor], out_dtype: torch.dtype, gated: int = 0
+) -> tuple[torch.Tensor, ...]:
+    loaded = library()
+    assert loaded is not None
+    x = x.contiguous()
+    width, leading = x.shape[-1], x.shape[:-1]
+    results = tuple(
+        torch.empty((*leading, weight.shape[0]), dtype=out_dtype)
+        for weight in (weights[:1] if gated else weights)
+    )
+    matrices = (Matrix * len(weights))(*map(_matrix, weights))
+    pointers = (ctypes.c_void_p * len(results))(*(y.data_ptr() for y in results))
+    why = loaded.puna_linear(
+        ctypes.byref(_threads(torch.get_num_threads())), x.data_ptr(), _KINDS[x.dtype],
+        x.numel() // width, matrices, len(weights), pointers, _KINDS[out_dtype], gated,
+    )  # fmt: skip
+    if why is not None:
+        raise BackendError(why.decode())
+    return results
+
+
+def _transposed(dy: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`dy` [..., out] times the weight [out, in]."""
+    loaded = library()
+    assert loaded is not None
+    dx = torch.empty((*dy.shape[:-1], weight.shape[1]), dtype=dtype)
+    why = loaded.puna_linear_transposed(
+        ctypes.byref(_threads(torch.get_num_threads())), dy.data_ptr(), _KINDS[dy.dtype],
+        dy.numel() // dy.shape[-1], ctypes.byref(_matrix(weight)), dx.data_ptr(), _KINDS[dtype],
+    )  # fmt: skip
+    if why is not None:
+        raise BackendError(why.decode())
+    return dx
+
+
+def _matrix(weight: torch.Tensor) -> Matrix:
+    """The weight as the library takes it; kept with the tensor, for as long as its memory stays."""
+    data = weight.data_ptr()
+    matrix = getattr(weight, "_puna_matrix", None)
+    if matrix is None or matrix.data != data:
+        out_features, in_features = weight.shape
+        kind = _KINDS[weight.dtype]
+        matrix = Matrix(data, None, None, out_features, in_features, in_features, kind, 0)
+        weight._puna_matrix = matrix  # type: ignore[attr-defined]
+    return matrix
+
+
+@functools.cache
+def _threads(count: int) -> Threads:
+    """torch's own threads, where they are GNU OpenMP's; others of ours would fight them."""
+    loaded = library()
+    assert loaded is not None
+    for folder in (Path(torch.__file__).parent / "lib", Path(torch.__file__).parents[1] / "torch.libs"):
+        for path in folder.glob("libgomp*.so*"):
+            openmp = ctypes.CDLL(str(path))
+            run, parallel = loaded.puna_run_gomp, openmp.GOMP_parallel
+            return Threads(
+                ctypes.cast(run, ctypes.c_void_p), ctypes.cast(parallel, ctypes.c_void_p), count
+            )
+    return Threads(None, None, count)
