@@ -7,12 +7,45 @@ from typing import Any
 
 from keras import ops
 
+from puna.backend.packed import Packed
 from puna.backend.protocol import Place, Tensor
 
 
 def value(variable: Any, dtype: str | None = None) -> Tensor:
     """See `BackendOps.value`."""
     return ops.convert_to_tensor(variable) if dtype is None else ops.cast(variable, dtype)
+
+
+def dequantize(packed: Packed, dtype: str) -> Tensor:
+    """The matrix [out, in] that a packed one stands for; computed in float32."""
+    numbers, in_features = packed.data, packed.in_features
+    if packed.is_4_bit:
+        halves = (ops.bitwise_and(numbers, 15), ops.right_shift(numbers, 4))
+        numbers = ops.reshape(ops.stack(halves, axis=-1), (packed.data.shape[0], -1))
+    numbers = ops.cast(numbers[:, :in_features], "float32")
+    scale, low = (_spread(array, packed) for array in (packed.scale, packed.low))
+    if low is None:
+        numbers, low = (numbers - 8.0 if packed.is_4_bit else numbers), 0.0
+    return ops.cast(numbers * scale + low, dtype)
+
+
+def _spread(array: Tensor | None, packed: Packed) -> Any:
+    """A number for each group, repeated for each input."""
+    if array is None or packed.group >= packed.in_features:
+        return None if array is None else ops.cast(array, "float32")
+    return ops.repeat(ops.cast(array, "float32"), packed.group, axis=1)[:, : packed.in_features]
+
+
+def embed_packed(packed: Packed, token_ids: Tensor) -> Tensor:
+    """`BackendOps.embed` of a packed table: only the rows that are asked for are dequantized."""
+    flat_ids = ops.reshape(token_ids, (-1,))
+
+    def take(array: Tensor | None) -> Tensor | None:
+        return None if array is None else ops.take(array, flat_ids, axis=0)
+
+    data, scale, low = map(take, (packed.data, packed.scale, packed.low))
+    rows = dequantize(packed._replace(data=data, scale=scale, low=low), "float32")
+    return ops.reshape(rows, (*ops.shape(token_ids), packed.in_features))
 
 
 def while_loop(

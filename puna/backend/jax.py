@@ -14,6 +14,8 @@ import numpy as np
 
 from puna.backend.generic import (
     attention,
+    dequantize,
+    embed_packed,
     merge_heads,
     place,
     rms_norm,
@@ -25,12 +27,13 @@ from puna.backend.generic import (
 )
 from puna.backend.kernels import jax_calls
 from puna.backend.memory import ALIGNMENT, aligned_copy, aligned_zeros, is_aligned, numpy_dtype
+from puna.backend.packed import Packed
 from puna.backend.protocol import Tensor
 
 __all__ = [
     "aliases", "attention", "cache_dtype", "cache_read", "cache_write", "compile_step", "embed",
-    "gated", "initialize", "linear", "linears", "merge_heads", "place", "prepare", "rms_norm", "rotate", "silu",
-    "split_heads", "to_numpy", "value", "while_loop",
+    "gated", "initialize", "linear", "linears", "merge_heads", "place", "prepare", "rms_norm",
+    "rotate", "silu", "split_heads", "to_numpy", "value", "while_loop",
 ]  # fmt: skip
 
 
@@ -38,29 +41,37 @@ TOKENS_PER_CALL = 8
 RUNS_AHEAD = True
 
 
-def linear(x: Tensor, weight: Tensor, out_dtype: str) -> Tensor:
+def linear(x: Tensor, weight: Tensor | Packed, out_dtype: str) -> Tensor:
     """See `BackendOps.linear`."""
     return linears(x, (weight,), out_dtype)[0]
 
 
-def linears(x: Tensor, weights: Sequence[Tensor], out_dtype: str) -> tuple[Tensor, ...]:
+def linears(x: Tensor, weights: Sequence[Tensor | Packed], out_dtype: str) -> tuple[Tensor, ...]:
     """See `BackendOps.linears`; on a CPU by native kernels."""
-    weights = [jnp.asarray(weight) for weight in weights]
+    x, weights = _alike(x, weights)
     if jax_calls.usable(x, weights, out_dtype):
-        return jax_calls.linears(x.astype(weights[0].dtype), weights, out_dtype)
+        return jax_calls.linears(x, weights, out_dtype)
     return tuple(_linear(x, weight, out_dtype) for weight in weights)
 
 
-def gated(x: Tensor, gate: Tensor, up: Tensor, out_dtype: str) -> Tensor:
+def gated(x: Tensor, gate: Tensor | Packed, up: Tensor | Packed, out_dtype: str) -> Tensor:
     """See `BackendOps.gated`; on a CPU by a native kernel."""
-    gate, up = jnp.asarray(gate), jnp.asarray(up)
+    x, (gate, up) = _alike(x, (gate, up))
     if jax_calls.usable(x, (gate, up), out_dtype):
-        return jax_calls.gated(x.astype(gate.dtype), gate, up, out_dtype)
+        return jax_calls.gated(x, gate, up, out_dtype)
     return silu(_linear(x, gate, out_dtype)) * _linear(x, up, out_dtype)
 
 
-def _linear(x: Tensor, weight: Tensor, out_dtype: str) -> Tensor:
+def _alike(x: Tensor, weights: Sequence[Tensor | Packed]) -> tuple[Tensor, list[Tensor | Packed]]:
+    """Arrays, with `x` in the dtype of weights that are not packed."""
+    weights = [w if isinstance(w, Packed) else jnp.asarray(w) for w in weights]
+    return (x if isinstance(weights[0], Packed) else x.astype(weights[0].dtype)), weights
+
+
+def _linear(x: Tensor, weight: Tensor | Packed, out_dtype: str) -> Tensor:
     """`linear` as XLA computes it; the form matters on a CPU, so it is chosen here."""
+    if isinstance(weight, Packed):
+        return _linear(x, dequantize(weight, x.dtype.name), out_dtype)
     flat = x.reshape(-1, x.shape[-1]).astype(weight.dtype)
     half = weight.dtype in (jnp.bfloat16, jnp.float16)
     if half and flat.shape[0] == 1 and jax.default_backend() == "cpu":
@@ -76,8 +87,10 @@ def _linear(x: Tensor, weight: Tensor, out_dtype: str) -> Tensor:
     return y.astype(out_dtype).reshape(*x.shape[:-1], weight.shape[0])
 
 
-def embed(weight: Tensor, token_ids: Tensor) -> Tensor:
+def embed(weight: Tensor | Packed, token_ids: Tensor) -> Tensor:
     """See `BackendOps.embed`."""
+    if isinstance(weight, Packed):
+        return embed_packed(weight, token_ids)
     weight = jnp.asarray(weight)
     if weight.dtype in (jnp.bfloat16, jnp.float16):
         return _take_half(weight, token_ids)

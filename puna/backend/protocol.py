@@ -7,6 +7,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from puna.backend.packed import Packed
+
 Tensor = Any  # jax.Array, torch.Tensor or tf.Tensor
 
 
@@ -30,23 +32,33 @@ class BackendOps(Protocol):
         """What a Keras variable holds now, in its own dtype or in another."""
         ...
 
-    def linear(self, x: Tensor, weight: Tensor, out_dtype: str) -> Tensor:
+    def linear(self, x: Tensor, weight: Tensor | Packed, out_dtype: str) -> Tensor:
         """Multiply `x` [..., in] by the transpose of `weight` [out, in], sums in float32.
 
         `x` is taken in the dtype of `weight`; the result [..., out] has `out_dtype`.
         """
         ...
 
-    def linears(self, x: Tensor, weights: Sequence[Tensor], out_dtype: str) -> tuple[Tensor, ...]:
-        """`linear` with each of several weights of one dtype."""
+    def linears(
+        self, x: Tensor, weights: Sequence[Tensor | Packed], out_dtype: str
+    ) -> tuple[Tensor, ...]:
+        """`linear` with each of several weights of one kind, packed or not.
+
+        For packed weights, `x` is taken as it is.
+        """
         ...
 
-    def gated(self, x: Tensor, gate: Tensor, up: Tensor, out_dtype: str) -> Tensor:
-        """`silu(linear(x, gate)) · linear(x, up)`; `gate` and `up` have one shape and dtype."""
+    def gated(
+        self, x: Tensor, gate: Tensor | Packed, up: Tensor | Packed, out_dtype: str
+    ) -> Tensor:
+        """`silu(linear(x, gate)) · linear(x, up)`; `gate` and `up` have one shape and kind."""
         ...
 
-    def embed(self, weight: Tensor, token_ids: Tensor) -> Tensor:
-        """Rows of `weight` [V, D] in its own dtype: int [B, T] to [B, T, D]."""
+    def embed(self, weight: Tensor | Packed, token_ids: Tensor) -> Tensor:
+        """Rows of `weight` [V, D] in its own dtype: int [B, T] to [B, T, D].
+
+        Those of a packed weight are in float32.
+        """
         ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

@@ -10,6 +10,8 @@ import tensorflow as tf
 
 from puna.backend.generic import (
     attention,
+    dequantize,
+    embed_packed,
     merge_heads,
     place,
     rms_norm,
@@ -19,13 +21,15 @@ from puna.backend.generic import (
     value,
     while_loop,
 )
+from puna.backend.kernels import tensorflow_calls
 from puna.backend.memory import aligned_copy
+from puna.backend.packed import Packed
 from puna.backend.protocol import Tensor
 
 __all__ = [
     "aliases", "attention", "cache_dtype", "cache_read", "cache_write", "compile_step", "embed",
-    "gated", "initialize", "linear", "linears", "merge_heads", "place", "prepare", "rms_norm", "rotate", "silu",
-    "split_heads", "to_numpy", "value", "while_loop",
+    "gated", "initialize", "linear", "linears", "merge_heads", "place", "prepare", "rms_norm",
+    "rotate", "silu", "split_heads", "to_numpy", "value", "while_loop",
 ]  # fmt: skip
 
 
@@ -33,27 +37,48 @@ TOKENS_PER_CALL = 8
 RUNS_AHEAD = False
 
 
-def linear(x: Tensor, weight: Tensor, out_dtype: str) -> Tensor:
+def linear(x: Tensor, weight: Tensor | Packed, out_dtype: str) -> Tensor:
     """See `BackendOps.linear`."""
-    weight = tf.convert_to_tensor(weight)
-    x = tf.cast(x, weight.dtype)
+    return linears(x, (weight,), out_dtype)[0]
+
+
+def linears(x: Tensor, weights: Sequence[Tensor | Packed], out_dtype: str) -> tuple[Tensor, ...]:
+    """See `BackendOps.linears`; in a compiled step on a CPU by native kernels."""
+    x, weights = _alike(x, weights)
+    if tensorflow_calls.usable(x, weights, out_dtype):
+        return tensorflow_calls.linears(x, weights, out_dtype)
+    return tuple(_linear(x, weight, out_dtype) for weight in weights)
+
+
+def gated(x: Tensor, gate: Tensor | Packed, up: Tensor | Packed, out_dtype: str) -> Tensor:
+    """See `BackendOps.gated`; in a compiled step on a CPU by a native kernel."""
+    x, weights = _alike(x, (gate, up))
+    if tensorflow_calls.usable(x, weights, out_dtype):
+        return tensorflow_calls.linears(x, weights, out_dtype, gated=True)[0]
+    gate_out, up_out = (_linear(x, weight, out_dtype) for weight in weights)
+    return silu(gate_out) * up_out
+
+
+def _alike(x: Tensor, weights: Sequence[Tensor | Packed]) -> tuple[Tensor, list[Tensor | Packed]]:
+    """Tensors, with `x` in the dtype of weights that are not packed."""
+    weights = [w if isinstance(w, Packed) else tf.convert_to_tensor(w) for w in weights]
+    x = tf.convert_to_tensor(x)
+    return (x if isinstance(weights[0], Packed) else tf.cast(x, weights[0].dtype)), weights
+
+
+def _linear(x: Tensor, weight: Tensor | Packed, out_dtype: str) -> Tensor:
+    """`linear` as TensorFlow computes it."""
+    if isinstance(weight, Packed):
+        weight = dequantize(weight, x.dtype.name)
     y = tf.linalg.matmul(tf.reshape(x, (-1, weight.shape[1])), weight, transpose_b=True)
     y = tf.reshape(y, tf.concat((tf.shape(x)[:-1], weight.shape[:1]), 0))
     return tf.cast(tf.ensure_shape(y, (*x.shape[:-1], weight.shape[0])), out_dtype)
 
 
-def linears(x: Tensor, weights: Sequence[Tensor], out_dtype: str) -> tuple[Tensor, ...]:
-    """See `BackendOps.linears`."""
-    return tuple(linear(x, weight, out_dtype) for weight in weights)
-
-
-def gated(x: Tensor, gate: Tensor, up: Tensor, out_dtype: str) -> Tensor:
-    """See `BackendOps.gated`."""
-    return silu(linear(x, gate, out_dtype)) * linear(x, up, out_dtype)
-
-
-def embed(weight: Tensor, token_ids: Tensor) -> Tensor:
+def embed(weight: Tensor | Packed, token_ids: Tensor) -> Tensor:
     """See `BackendOps.embed`."""
+    if isinstance(weight, Packed):
+        return embed_packed(weight, token_ids)
     return tf.gather(weight, token_ids)
 
 
@@ -138,6 +163,8 @@ def compile_step(
         key = tuple(leaf if leaf is None else (*leaf.shape, leaf.dtype) for leaf in leaves)
         if key not in compiled:
             compiled[key] = tf.function(function, autograph=False)
+            with tensorflow_calls.allowed():  # it is traced at its first call
+                return compiled[key](*args)
         return compiled[key](*args)
 
     return step

@@ -14,13 +14,14 @@ from torch.nn import functional
 
 from puna.backend import generic
 from puna.backend.memory import aligned_copy
+from puna.backend.packed import Packed
 from puna.backend.protocol import Place, Tensor
 from puna.backend.torch_linear import gated, linear, linears, multiplies_slowly
 
 __all__ = [
     "aliases", "attention", "cache_dtype", "cache_write", "compile_step", "embed", "gated",
-    "gather_rows", "initialize", "linear", "linears", "merge_heads", "place", "prepare", "rms_norm", "rotate", "silu",
-    "split_heads", "to_device", "to_numpy", "value", "zeros",
+    "gather_rows", "initialize", "linear", "linears", "merge_heads", "place", "prepare",
+    "rms_norm", "rotate", "silu", "split_heads", "to_device", "to_numpy", "value", "zeros",
 ]  # fmt: skip
 
 # NumPy knows these only through ml_dtypes, which torch does not: their bits travel as integers.
@@ -56,8 +57,10 @@ def value(variable: Any, dtype: str | None = None) -> Tensor:
     return tensor if tensor.dtype == wanted else tensor.to(wanted)
 
 
-def embed(weight: Tensor, token_ids: Tensor) -> Tensor:
+def embed(weight: Tensor | Packed, token_ids: Tensor) -> Tensor:
     """See `BackendOps.embed`."""
+    if isinstance(weight, Packed):
+        return generic.embed_packed(weight, token_ids)
     return functional.embedding(token_ids, weight)
 
 

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional
 
+from puna.backend.generic import dequantize
 from puna.backend.kernels import torch_calls
+from puna.backend.packed import Packed
 
 # Where only float32 is multiplied fast, weights are converted block by block, into memory that
 # stays in the processor's cache. From so many rows on, that costs less than it saves
@@ -36,33 +38,40 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, out_dtype: str) -> torch.Tensor:
+def linear(x: torch.Tensor, weight: torch.Tensor | Packed, out_dtype: str) -> torch.Tensor:
     """See `BackendOps.linear`."""
     return linears(x, (weight,), out_dtype)[0]
 
 
 def linears(
-    x: torch.Tensor, weights: Sequence[torch.Tensor], out_dtype: str
+    x: torch.Tensor, weights: Sequence[torch.Tensor | Packed], out_dtype: str
 ) -> tuple[torch.Tensor, ...]:
     """See `BackendOps.linears`; on a CPU by native kernels."""
-    dtype = getattr(torch, out_dtype)
+    dtype, x = getattr(torch, out_dtype), _like_weight(x, weights[0])
     if torch_calls.usable(x, weights, dtype):
-        return torch_calls.linears(x.to(weights[0].dtype), weights, dtype)
+        return torch_calls.linears(x, weights, dtype)
     return tuple(_linear(x, weight, dtype) for weight in weights)
 
 
-def gated(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, out_dtype: str) -> torch.Tensor:
+def gated(
+    x: torch.Tensor, gate: torch.Tensor | Packed, up: torch.Tensor | Packed, out_dtype: str
+) -> torch.Tensor:
     """See `BackendOps.gated`; on a CPU by a native kernel."""
-    dtype = getattr(torch, out_dtype)
+    dtype, x = getattr(torch, out_dtype), _like_weight(x, gate)
     if torch_calls.usable(x, (gate, up), dtype):
-        return torch_calls.gated(x.to(gate.dtype), gate, up, dtype)
+        return torch_calls.gated(x, gate, up, dtype)
     return functional.silu(_linear(x, gate, dtype)) * _linear(x, up, dtype)
 
 
-def _linear(x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _like_weight(x: torch.Tensor, weight: torch.Tensor | Packed) -> torch.Tensor:
+    return x if isinstance(weight, Packed) or x.dtype == weight.dtype else x.to(weight.dtype)
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor | Packed, dtype: torch.dtype) -> torch.Tensor:
     """`linear` as torch computes it."""
-    if x.dtype != weight.dtype:
-        x = x.to(weight.dtype)
+    if isinstance(weight, Packed):
+        unpacked: torch.Tensor = dequantize(weight, str(x.dtype).removeprefix("torch."))
+        return _linear(x, unpacked, dtype)
     if multiplies_slowly(weight) and _is_worth_converting(x, weight):
         y = _linear_by_blocks(x.reshape(-1, x.shape[-1]).float(), weight)
         return y.to(dtype).view(*x.shape[:-1], weight.shape[0])

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import keras
 import numpy as np
 
-from puna.backend.kernels.library import KINDS, library
+from puna.backend.kernels.library import FLOATS, library
+from puna.backend.packed import Packed
 from puna.backend.protocol import Tensor
 
-_FLOATS = ("float32", "bfloat16", "float16")
+Weight = Tensor | Packed
+Arrays = tuple[Any, ...]  # of a weight: itself, or a packed one's data, scale and perhaps low
+
+
+class _Call(NamedTuple):
+    """What is fixed when a product is compiled."""
+
+    out_dtype: str
+    in_features: int
+    group: int  # 0 where the weight is not packed
 
 
 @functools.cache
@@ -26,88 +37,115 @@ def _registered() -> bool:
     return True
 
 
-def usable(x: Tensor, weights: Sequence[Tensor], out_dtype: str) -> bool:
+def usable(x: Tensor, weights: Sequence[Weight], out_dtype: str) -> bool:
     """Whether the kernels take this product.
 
     Not where Keras distributes arrays: XLA cannot cut a call into one for each device.
     """
-    dtype = weights[0].dtype.name
+    kinds = {_kind(weight) for weight in weights}
     return (
-        dtype in _FLOATS
-        and out_dtype in _FLOATS
+        len(kinds) == 1
+        and None not in kinds
+        and x.dtype.name in FLOATS
+        and out_dtype in FLOATS
         and x.size > 0
-        and all(weight.dtype.name == dtype for weight in weights)
         and keras.distribution.distribution() is None
         and _registered()
     )
 
 
-def linears(x: Tensor, weights: Sequence[Tensor], out_dtype: str) -> tuple[Tensor, ...]:
+def _kind(weight: Weight) -> tuple[str, int, bool] | None:
+    """What weights of one call have in common; None for what no kernel takes."""
+    if isinstance(weight, Packed):
+        return (weight.data.dtype.name, weight.group, weight.low is None)
+    return (weight.dtype.name, 0, True) if weight.dtype.name in FLOATS else None
+
+
+def linears(x: Tensor, weights: Sequence[Weight], out_dtype: str) -> tuple[Tensor, ...]:
     """`x` [..., in] times the transpose of each weight [out, in]."""
-    return _linears(x, tuple(weights), out_dtype)
+    return _linears(x, tuple(map(_arrays, weights)), _call(x, weights[0], out_dtype))
+
+
+def gated(x: Tensor, gate: Weight, up: Weight, out_dtype: str) -> Tensor:
+    """`silu(x · gate) · (x · up)`, in one call."""
+    return _gated(x, (_arrays(gate), _arrays(up)), _call(x, gate, out_dtype))
+
+
+def _arrays(weight: Weight) -> Arrays:
+    if not isinstance(weight, Packed):
+        return (weight,)
+    arrays = (weight.data, weight.scale)
+    return arrays if weight.low is None else (*arrays, weight.low)
+
+
+def _call(x: Tensor, weight: Weight, out_dtype: str) -> _Call:
+    return _Call(out_dtype, x.shape[-1], weight.group if isinstance(weight, Packed) else 0)
+
+
+def _run(x: Tensor, weights: tuple[Arrays, ...], call: _Call, gated: bool = False):
+    outs = [arrays[0].shape[0] for arrays in weights[: 1 if gated else None]]
+    shapes = [jax.ShapeDtypeStruct((*x.shape[:-1], out), call.out_dtype) for out in outs]
+    flat = [array for arrays in weights for array in arrays]
+    return jax.ffi.ffi_call("puna_xla_linear", shapes, vmap_method="sequential")(
+        x, *flat, parts=np.int64(len(weights[0])), group=np.int64(call.group), gated=np.int64(gated)
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _linears(x: Tensor, weights: tuple[Tensor, ...], out_dtype: str) -> tuple[Tensor, ...]:
-    shapes = [jax.ShapeDtypeStruct((*x.shape[:-1], w.shape[0]), out_dtype) for w in weights]
-    call = jax.ffi.ffi_call("puna_xla_linear", shapes, vmap_method="sequential")
-    return tuple(call(x, *weights, parts=np.int64(1), group=np.int64(0), gated=np.int64(0)))
+def _linears(x: Tensor, weights: tuple[Arrays, ...], call: _Call) -> tuple[Tensor, ...]:
+    return tuple(_run(x, weights, call))
 
 
-def _forward(x: Tensor, weights: tuple[Tensor, ...], out_dtype: str):
-    return _linears(x, weights, out_dtype), (x, weights)
+def _forward(x: Tensor, weights: tuple[Arrays, ...], call: _Call):
+    return _linears(x, weights, call), (x, weights)
 
 
-def _backward(out_dtype: str, kept, changes: tuple[Tensor, ...]):
-    del out_dtype
+def _backward(call: _Call, kept, changes: tuple[Tensor, ...]):
     x, weights = kept
-    back = [_transposed(dy, weight) for dy, weight in zip(changes, weights, strict=True)]
+    back = [_transposed(dy, arrays, call) for dy, arrays in zip(changes, weights, strict=True)]
     dx = functools.reduce(jnp.add, back).astype(x.dtype)
+    pairs = zip(changes, weights, strict=True)
+    return dx, tuple(_weight_gradients(x, dy, arrays) for dy, arrays in pairs)
+
+
+def _weight_gradients(x: Tensor, dy: Tensor, arrays: Arrays) -> Arrays:
+    """Of a float weight; XLA leaves it out where nobody uses it. Packed weights are frozen."""
+    if len(arrays) > 1:
+        data, *others = arrays
+        return (np.zeros(data.shape, jax.dtypes.float0), *map(jnp.zeros_like, others))
+    weight: Any = next(iter(arrays))
     rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-    # Frozen weights' gradients are used by nobody: XLA leaves them out.
-    dws = tuple(
-        (dy.reshape(-1, dy.shape[-1]).astype(jnp.float32).T @ rows).astype(weight.dtype)
-        for dy, weight in zip(changes, weights, strict=True)
+    changes = dy.reshape(-1, dy.shape[-1]).astype(jnp.float32)
+    return ((changes.T @ rows).astype(weight.dtype),)
+
+
+def _transposed(dy: Tensor, arrays: Arrays, call: _Call) -> Tensor:
+    """`dy` [..., out] times the weight: float32 [..., in]."""
+    shape = jax.ShapeDtypeStruct((*dy.shape[:-1], call.in_features), jnp.float32)
+    return jax.ffi.ffi_call("puna_xla_linear_transposed", shape, vmap_method="sequential")(
+        dy, *arrays, parts=np.int64(len(arrays)), group=np.int64(call.group)
     )
-    return dx, dws
 
 
 _linears.defvjp(_forward, _backward)
 
 
-def _transposed(dy: Tensor, weight: Tensor) -> Tensor:
-    """`dy` [..., out] times the weight: float32 [..., in]."""
-    shape = jax.ShapeDtypeStruct((*dy.shape[:-1], weight.shape[1]), jnp.float32)
-    call = jax.ffi.ffi_call("puna_xla_linear_transposed", shape, vmap_method="sequential")
-    return call(dy, weight, parts=np.int64(1), group=np.int64(0))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _gated(x: Tensor, weights: tuple[Arrays, Arrays], call: _Call) -> Tensor:
+    return _run(x, weights, call, gated=True)[0]
 
 
-def gated(x: Tensor, gate: Tensor, up: Tensor, out_dtype: str) -> Tensor:
-    """`silu(x · gate) · (x · up)`, in one call."""
-    return _gated(x, gate, up, out_dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _gated(x: Tensor, gate: Tensor, up: Tensor, out_dtype: str) -> Tensor:
-    shape = jax.ShapeDtypeStruct((*x.shape[:-1], gate.shape[0]), out_dtype)
-    call = jax.ffi.ffi_call("puna_xla_linear", shape, vmap_method="sequential")
-    return call(x, gate, up, parts=np.int64(1), group=np.int64(0), gated=np.int64(1))
-
-
-def _gated_forward(x: Tensor, gate: Tensor, up: Tensor, out_dtype: str):
+def _gated_forward(x: Tensor, weights: tuple[Arrays, Arrays], call: _Call):
     # Where gradients are wanted, what they need is kept.
-    gate_out, up_out = _linears(x, (gate, up), out_dtype)
-    silu, silu_gradient = jax.vjp(jax.nn.silu, gate_out)
-    return silu * up_out, (x, gate, up, silu_gradient, silu, up_out)
+    gate, up = _linears(x, weights, call)
+    silu, silu_gradient = jax.vjp(jax.nn.silu, gate)
+    return silu * up, (x, weights, silu_gradient, silu, up)
 
 
-def _gated_backward(out_dtype: str, kept, dy: Tensor):
-    x, gate, up, silu_gradient, silu, up_out = kept
-    (d_gate,) = silu_gradient(dy * up_out)
-    dx, (dw_gate, dw_up) = _backward(out_dtype, (x, (gate, up)), (d_gate, dy * silu))
-    return dx, dw_gate, dw_up
+def _gated_backward(call: _Call, kept, dy: Tensor):
+    x, weights, silu_gradient, silu, up = kept
+    d_gate: Any = next(iter(silu_gradient(dy * up)))
+    return _backward(call, (x, weights), (d_gate, dy * silu))
 
 
 _gated.defvjp(_gated_forward, _gated_backward)
-
-assert all(name in KINDS for name in _FLOATS)

@@ -6,7 +6,10 @@ import ctypes
 import functools
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
 
 from puna.errors import BackendError
 
@@ -15,6 +18,8 @@ VARIABLE = "PUNA_KERNELS"
 
 # The numbers of `src/kernels.h` for how numbers are stored.
 KINDS = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "uint8": 4}
+
+FLOATS = ("float32", "bfloat16", "float16")
 
 
 class Matrix(ctypes.Structure):
@@ -29,6 +34,22 @@ class Matrix(ctypes.Structure):
         ("group", ctypes.c_int64),
         ("kind", ctypes.c_int32),
         ("scale_kind", ctypes.c_int32),
+    )
+
+
+def matrix_of(arrays: Sequence[np.ndarray], in_features: int, group: int) -> Matrix:
+    """A weight [out, in], or a packed one's data, scale and perhaps low; they must stay alive."""
+    data = arrays[0]
+    scale = arrays[1] if len(arrays) > 1 else None
+    return Matrix(
+        data.ctypes.data,
+        None if scale is None else scale.ctypes.data,
+        arrays[2].ctypes.data if len(arrays) > 2 else None,
+        data.shape[0],
+        in_features,
+        group,
+        KINDS[data.dtype.name],
+        0 if scale is None else KINDS[scale.dtype.name],
     )
 
 

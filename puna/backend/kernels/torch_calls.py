@@ -10,38 +10,54 @@ from typing import Any
 
 import torch
 
-from puna.backend.kernels.library import KINDS, Matrix, Threads, library
+from puna.backend.kernels.library import FLOATS, KINDS, Matrix, Threads, library
+from puna.backend.packed import Packed
 from puna.errors import BackendError
 
 _KINDS = {getattr(torch, name): kind for name, kind in KINDS.items()}
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_FLOATS = tuple(getattr(torch, name) for name in FLOATS)
 
 
-def usable(x: torch.Tensor, weights: Sequence[torch.Tensor], out_dtype: torch.dtype) -> bool:
+def usable(
+    x: torch.Tensor, weights: Sequence[torch.Tensor | Packed], out_dtype: torch.dtype
+) -> bool:
     """Whether the kernels take this product; a program that torch compiles cannot look inside."""
-    dtype = weights[0].dtype
+    kind = _kind(weights[0])
     return (
-        x.is_cpu
-        and dtype in _FLOATS
+        kind is not None
+        and x.is_cpu
+        and x.dtype in _FLOATS
         and out_dtype in _FLOATS
-        and all(w.dtype is dtype and w.is_cpu and w.is_contiguous() for w in weights)
+        and all(_kind(weight) == kind for weight in weights)
         and library() is not None
         and not torch.compiler.is_compiling()
-        and not torch._C._functorch.peek_interpreter_stack()
+        and not torch._C._functorch.peek_interpreter_stack()  # type: ignore[attr-defined]
     )
 
 
+def _kind(weight: torch.Tensor | Packed) -> tuple[torch.dtype, int, bool] | None:
+    """What weights of one call have in common; None for what no kernel takes."""
+    if isinstance(weight, Packed):
+        return (weight.data.dtype, weight.group, weight.low is None) if weight.data.is_cpu else None
+    if weight.dtype not in _FLOATS or not weight.is_cpu or not weight.is_contiguous():
+        return None
+    return weight.dtype, 0, True
+
+
 def linears(
-    x: torch.Tensor, weights: Sequence[torch.Tensor], out_dtype: torch.dtype
+    x: torch.Tensor, weights: Sequence[torch.Tensor | Packed], out_dtype: torch.dtype
 ) -> tuple[torch.Tensor, ...]:
     """`x` [..., in] times the transpose of each weight [out, in]."""
     if _wants_gradients(x, *weights):
-        return tuple(_Linear.apply(x, weight, out_dtype) for weight in weights)
+        return tuple(_apply(x, weight, out_dtype) for weight in weights)
     return _call(x, weights, out_dtype)
 
 
 def gated(
-    x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, out_dtype: torch.dtype
+    x: torch.Tensor,
+    gate: torch.Tensor | Packed,
+    up: torch.Tensor | Packed,
+    out_dtype: torch.dtype,
 ) -> torch.Tensor:
     """`silu(x · gate) · (x · up)`, in one call where no gradient is wanted."""
     if _wants_gradients(x, gate, up):
@@ -50,8 +66,16 @@ def gated(
     return _call(x, (gate, up), out_dtype, gated=1)[0]
 
 
-def _wants_gradients(*tensors: torch.Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+def _wants_gradients(*tensors: torch.Tensor | Packed) -> bool:
+    return torch.is_grad_enabled() and any(
+        not isinstance(tensor, Packed) and tensor.requires_grad for tensor in tensors
+    )
+
+
+def _apply(x: torch.Tensor, weight: torch.Tensor | Packed, out_dtype: torch.dtype) -> torch.Tensor:
+    if isinstance(weight, Packed):
+        return _PackedLinear.apply(x, weight, out_dtype)
+    return _Linear.apply(x, weight, out_dtype)
 
 
 class _Linear(torch.autograd.Function):
@@ -72,8 +96,24 @@ class _Linear(torch.autograd.Function):
         return dx, dw, None
 
 
+class _PackedLinear(torch.autograd.Function):
+    """The weights are frozen: only the gradient by the rows is needed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: Packed, out_dtype: torch.dtype):
+        ctx.weight, ctx.dtype = weight, x.dtype
+        return _call(x, (weight,), out_dtype)[0]
+
+    @staticmethod
+    def backward(ctx: Any, *changes: torch.Tensor):
+        return _transposed(changes[0].contiguous(), ctx.weight, ctx.dtype), None, None
+
+
 def _call(
-    x: torch.Tensor, weights: Sequence[torch.Tensor], out_dtype: torch.dtype, gated: int = 0
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor | Packed],
+    out_dtype: torch.dtype,
+    gated: int = 0,
 ) -> tuple[torch.Tensor, ...]:
     loaded = library()
     assert loaded is not None
@@ -94,7 +134,9 @@ def _call(
     return results
 
 
-def _transposed(dy: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _transposed(
+    dy: torch.Tensor, weight: torch.Tensor | Packed, dtype: torch.dtype
+) -> torch.Tensor:
     """`dy` [..., out] times the weight [out, in]."""
     loaded = library()
     assert loaded is not None
@@ -108,24 +150,37 @@ def _transposed(dy: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> t
     return dx
 
 
-def _matrix(weight: torch.Tensor) -> Matrix:
-    """The weight as the library takes it; kept with the tensor, for as long as its memory stays."""
-    data = weight.data_ptr()
-    matrix = getattr(weight, "_puna_matrix", None)
-    if matrix is None or matrix.data != data:
-        out_features, in_features = weight.shape
-        kind = _KINDS[weight.dtype]
-        matrix = Matrix(data, None, None, out_features, in_features, in_features, kind, 0)
-        weight._puna_matrix = matrix  # type: ignore[attr-defined]
+def _matrix(weight: torch.Tensor | Packed) -> Matrix:
+    """The weight as the library takes it; kept with its tensor while that has the same memory."""
+    packed = isinstance(weight, Packed)
+    owner = weight.data if packed else weight
+    data = owner.data_ptr()
+    matrix = getattr(owner, "_puna_matrix", None)
+    if matrix is not None and matrix.data == data and not packed:
+        return matrix
+    out_features, in_features = weight.shape
+    if packed:
+        low = None if weight.low is None else weight.low.data_ptr()
+        return Matrix(
+            data, weight.scale.data_ptr(), low, out_features, in_features, weight.group,
+            _KINDS[owner.dtype], _KINDS[weight.scale.dtype],
+        )  # fmt: skip
+    matrix = Matrix(
+        data, None, None, out_features, in_features, in_features, _KINDS[owner.dtype], 0
+    )
+    weight._puna_matrix = matrix  # type: ignore[attr-defined]
     return matrix
 
 
 @functools.cache
 def _threads(count: int) -> Threads:
-    """torch's own threads, where they are GNU OpenMP's; others of ours would fight them."""
+    """Torch's own threads, where they are GNU OpenMP's; others of ours would fight them."""
     loaded = library()
     assert loaded is not None
-    for folder in (Path(torch.__file__).parent / "lib", Path(torch.__file__).parents[1] / "torch.libs"):
+    for folder in (
+        Path(torch.__file__).parent / "lib",
+        Path(torch.__file__).parents[1] / "torch.libs",
+    ):
         for path in folder.glob("libgomp*.so*"):
             openmp = ctypes.CDLL(str(path))
             run, parallel = loaded.puna_run_gomp, openmp.GOMP_parallel
