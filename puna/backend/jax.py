@@ -65,26 +65,31 @@ def gated(x: Tensor, gate: Tensor | Packed, up: Tensor | Packed, out_dtype: str)
 def _alike(x: Tensor, weights: Sequence[Tensor | Packed]) -> tuple[Tensor, list[Tensor | Packed]]:
     """Arrays, with `x` in the dtype of weights that are not packed."""
     weights = [w if isinstance(w, Packed) else jnp.asarray(w) for w in weights]
-    return (x if isinstance(weights[0], Packed) else x.astype(weights[0].dtype)), weights
+    if not isinstance(weights[0], Packed):
+        x = jnp.asarray(x).astype(weights[0].dtype)
+    return x, weights
 
 
 def _linear(x: Tensor, weight: Tensor | Packed, out_dtype: str) -> Tensor:
     """`linear` as XLA computes it; the form matters on a CPU, so it is chosen here."""
-    if isinstance(weight, Packed):
-        return _linear(x, dequantize(weight, x.dtype.name), out_dtype)
-    flat = x.reshape(-1, x.shape[-1]).astype(weight.dtype)
-    half = weight.dtype in (jnp.bfloat16, jnp.float16)
+    matrix: Any = dequantize(weight, x.dtype.name) if isinstance(weight, Packed) else weight
+    flat = x.reshape(-1, x.shape[-1]).astype(matrix.dtype)
+    half = matrix.dtype in (jnp.bfloat16, jnp.float16)
     if half and flat.shape[0] == 1 and jax.default_backend() == "cpu":
         # As a dot of one row, XLA makes a float32 copy of all weights first, ten times slower; so
         # it converts what it reads (docs/log.md, "Products on the CPU"). The barrier ties weight
         # and row, lest XLA converts the weight ahead of a loop over tokens.
-        weight, flat = jax.lax.optimization_barrier((weight, flat))
-        y = (weight.astype(jnp.float32) * flat[0].astype(jnp.float32)).sum(axis=-1)
+        matrix, flat = _tied(matrix, flat)
+        y = (matrix.astype(jnp.float32) * flat[0].astype(jnp.float32)).sum(axis=-1)
     else:
         accumulate = None if out_dtype == "float64" else jnp.float32
         contract_last = (((1,), (1,)), ((), ()))
-        y = jax.lax.dot_general(flat, weight, contract_last, preferred_element_type=accumulate)
-    return y.astype(out_dtype).reshape(*x.shape[:-1], weight.shape[0])
+        y = jax.lax.dot_general(flat, matrix, contract_last, preferred_element_type=accumulate)
+    return y.astype(out_dtype).reshape(*x.shape[:-1], matrix.shape[0])
+
+
+def _tied(*arrays: Tensor) -> Any:
+    return jax.lax.optimization_barrier(arrays)
 
 
 def embed(weight: Tensor | Packed, token_ids: Tensor) -> Tensor:
@@ -100,7 +105,7 @@ def embed(weight: Tensor | Packed, token_ids: Tensor) -> Tensor:
 @jax.custom_jvp
 def _take_half(weight: Tensor, token_ids: Tensor) -> Tensor:
     """Rows of a half-precision table, by their bits: XLA on a CPU copies it to float32 else."""
-    weight, token_ids = jax.lax.optimization_barrier((weight, token_ids))  # as in `linear`
+    weight, token_ids = _tied(weight, token_ids)  # as in `_linear`
     bits = jax.lax.bitcast_convert_type(weight, jnp.uint16)
     return jax.lax.bitcast_convert_type(jnp.take(bits, token_ids, axis=0), weight.dtype)
 

@@ -212,6 +212,7 @@ def test_what_a_search_cannot_do_is_refused(talking):
 
 
 @pytest.mark.slow
+@pytest.mark.backend_free
 def test_smollm2(smollm2_gguf):
     from tests.parity.smollm2_reference import PROMPTS, reference_model
 

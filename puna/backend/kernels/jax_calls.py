@@ -137,15 +137,14 @@ def _gated(x: Tensor, weights: tuple[Arrays, Arrays], call: _Call) -> Tensor:
 
 def _gated_forward(x: Tensor, weights: tuple[Arrays, Arrays], call: _Call):
     # Where gradients are wanted, what they need is kept.
-    gate, up = _linears(x, weights, call)
-    silu, silu_gradient = jax.vjp(jax.nn.silu, gate)
-    return silu * up, (x, weights, silu_gradient, silu, up)
+    gate, up = _run(x, weights, call)
+    return jax.nn.silu(gate) * up, (x, weights, gate, up)
 
 
 def _gated_backward(call: _Call, kept, dy: Tensor):
-    x, weights, silu_gradient, silu, up = kept
-    d_gate: Any = next(iter(silu_gradient(dy * up)))
-    return _backward(call, (x, weights), (d_gate, dy * silu))
+    x, weights, gate, up = kept
+    vjp: Any = jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, gate, up)
+    return _backward(call, (x, weights), vjp[1](dy))
 
 
 _gated.defvjp(_gated_forward, _gated_backward)
