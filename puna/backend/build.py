@@ -58,21 +58,38 @@ def replace_weight(layer: Any, attribute: str, value: np.ndarray) -> None:
     old = getattr(layer, attribute)
     tracked_as_trainable = any(variable is old for variable in layer._trainable_variables)
     layer._untrack_variable(old)
+    with changed_weights(layer):
+        new = layer.add_weight(
+            name=old.name,
+            shape=value.shape,
+            initializer=lambda shape, dtype=None: value,
+            dtype=old._dtype,
+            trainable=tracked_as_trainable,
+            autocast=old._autocast,
+        )
+        setattr(layer, attribute, new)
+    new.trainable = old.trainable
+
+
+@contextlib.contextmanager
+def changed_weights(layer: Any) -> Iterator[None]:
+    """In this scope, variables of a built layer may come and go, and get paths like the others."""
     layer._tracker.unlock()
     try:
         with layer._open_name_scope():
-            new = layer.add_weight(
-                name=old.name,
-                shape=value.shape,
-                initializer=lambda shape, dtype=None: value,
-                dtype=old._dtype,
-                trainable=tracked_as_trainable,
-                autocast=old._autocast,
-            )
-        setattr(layer, attribute, new)
+            yield
     finally:
         layer._tracker.lock()
-    new.trainable = old.trainable
+
+
+def retrack(model: Any) -> None:
+    """Let every layer of a model forget the variables that one below it no longer has.
+
+    On torch, layers hold the parameters of all that is inside them.
+    """
+    for layer in model._flatten_layers():
+        if hasattr(layer, "_torch_params"):
+            layer._track_variables()
 
 
 def is_built_for(optimizer: Any, variables: Sequence[Any]) -> bool:

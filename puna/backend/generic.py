@@ -89,7 +89,7 @@ def place(start_B: Tensor, T: int, capacity: int) -> Place:
     """See `BackendOps.place`; in a compiled step nobody knows how far the rows are."""
     positions_BT = start_B[:, None] + ops.arange(T, dtype="int32")
     mask_BTS = ops.arange(capacity, dtype="int32") <= positions_BT[:, :, None]
-    return Place(start_B, capacity, mask_BTS[:, None])
+    return Place(start_B, capacity, mask_BTS[:, None], start_B)
 
 
 def attention(

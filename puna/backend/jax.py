@@ -28,12 +28,12 @@ from puna.backend.generic import (
 from puna.backend.kernels import jax_calls
 from puna.backend.memory import ALIGNMENT, aligned_copy, aligned_zeros, is_aligned, numpy_dtype
 from puna.backend.packed import Packed
-from puna.backend.protocol import Tensor
+from puna.backend.protocol import Place, Tensor
 
 __all__ = [
-    "aliases", "attention", "cache_dtype", "cache_read", "cache_write", "compile_step", "embed",
-    "gated", "initialize", "linear", "linears", "merge_heads", "place", "prepare", "rms_norm",
-    "rotate", "silu", "split_heads", "to_numpy", "value", "while_loop",
+    "aliases", "attend", "attention", "cache_dtype", "cache_read", "cache_write", "compile_step",
+    "embed", "gated", "initialize", "linear", "linears", "merge_heads", "place", "prepare",
+    "rms_norm", "rotate", "silu", "split_heads", "to_numpy", "value", "while_loop",
 ]  # fmt: skip
 
 
@@ -114,6 +114,18 @@ def _take_half(weight: Tensor, token_ids: Tensor) -> Tensor:
 def _take_half_jvp(primals: tuple[Tensor, Tensor], tangents: tuple[Tensor, Tensor]):
     (weight, token_ids), (change, _) = primals, tangents
     return _take_half(weight, token_ids), jnp.take(change, token_ids, axis=0)
+
+
+def attend(
+    projected: Sequence[Tensor],
+    rotary: tuple[Tensor, Tensor],
+    cache: tuple[Tensor, Tensor],
+    place: Place,
+) -> tuple[Tensor, tuple[Tensor, Tensor]] | None:
+    """See `BackendOps.attend`; in place where the cache was donated."""
+    if not jax_calls.attends(projected, cache):
+        return None
+    return jax_calls.attend(projected, rotary, cache, place.start_B)
 
 
 def cache_dtype(compute_dtype: str, wanted: str | None = None) -> str:

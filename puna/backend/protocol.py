@@ -18,6 +18,7 @@ class Place(NamedTuple):
     write: Any  # what `cache_write` takes, in the backend's own form
     live: int  # only the first so many places of the cache are looked at
     mask_B1TS: Tensor | None  # over those, true where a query may look; None where all look at all
+    start_B: Tensor  # int32, where each row's new tokens begin
 
 
 class BackendOps(Protocol):
@@ -101,6 +102,26 @@ class BackendOps(Protocol):
         Query head n reads key head n // (N / K). The mask is true where a query may look; each
         query must be allowed to look somewhere. With no mask, all look everywhere. `dropout` is
         applied to the softmax's weights.
+        """
+        ...
+
+    def attend(
+        self,
+        projected: Sequence[Tensor],
+        rotary: tuple[Tensor, Tensor],
+        cache: tuple[Tensor, Tensor],
+        place: Place,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]] | None:
+        """A few new tokens' attention in one native call, or None where that is not to be had.
+
+        Args:
+            projected: queries [B, T, N · H], keys and values [B, T, K · H], before they are turned.
+            rotary: what `rotate` takes.
+            cache: keys and values [B, K, S, H]; it must not be used afterwards.
+            place: where the tokens stand.
+
+        Returns:
+            What comes out, [B, T, N · H], and the cache with the new keys and values in it.
         """
         ...
 

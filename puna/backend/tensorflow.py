@@ -24,12 +24,12 @@ from puna.backend.generic import (
 from puna.backend.kernels import tensorflow_calls
 from puna.backend.memory import aligned_copy
 from puna.backend.packed import Packed
-from puna.backend.protocol import Tensor
+from puna.backend.protocol import Place, Tensor
 
 __all__ = [
-    "aliases", "attention", "cache_dtype", "cache_read", "cache_write", "compile_step", "embed",
-    "gated", "initialize", "linear", "linears", "merge_heads", "place", "prepare", "rms_norm",
-    "rotate", "silu", "split_heads", "to_numpy", "value", "while_loop",
+    "aliases", "attend", "attention", "cache_dtype", "cache_read", "cache_write", "compile_step",
+    "embed", "gated", "initialize", "linear", "linears", "merge_heads", "place", "prepare",
+    "rms_norm", "rotate", "silu", "split_heads", "to_numpy", "value", "while_loop",
 ]  # fmt: skip
 
 
@@ -80,6 +80,16 @@ def embed(weight: Tensor | Packed, token_ids: Tensor) -> Tensor:
     if isinstance(weight, Packed):
         return embed_packed(weight, token_ids)
     return tf.gather(weight, token_ids)
+
+
+def attend(
+    projected: Sequence[Tensor],
+    rotary: tuple[Tensor, Tensor],
+    cache: tuple[Tensor, Tensor],
+    place: Place,
+) -> None:
+    """See `BackendOps.attend`; a call through Python cannot write to a tensor."""
+    del projected, rotary, cache, place
 
 
 def cache_dtype(compute_dtype: str, wanted: str | None = None) -> str:

@@ -13,14 +13,15 @@ from keras.src.backend.torch.core import get_device
 from torch.nn import functional
 
 from puna.backend import generic
+from puna.backend.kernels import torch_calls
 from puna.backend.memory import aligned_copy
 from puna.backend.packed import Packed
 from puna.backend.protocol import Place, Tensor
 from puna.backend.torch_linear import gated, linear, linears, multiplies_slowly
 
 __all__ = [
-    "aliases", "attention", "cache_dtype", "cache_write", "compile_step", "embed", "gated",
-    "gather_rows", "initialize", "linear", "linears", "merge_heads", "place", "prepare",
+    "aliases", "attend", "attention", "cache_dtype", "cache_write", "compile_step", "embed",
+    "gated", "gather_rows", "initialize", "linear", "linears", "merge_heads", "place", "prepare",
     "rms_norm", "rotate", "silu", "split_heads", "to_device", "to_numpy", "value", "zeros",
 ]  # fmt: skip
 
@@ -66,6 +67,8 @@ def embed(weight: Tensor | Packed, token_ids: Tensor) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """See `BackendOps.rms_norm`."""
+    if (y := torch_calls.rms_norm(x, weight, epsilon)) is not None:
+        return y
     if x.dtype == weight.dtype:  # computed in float32, whatever they are
         return functional.rms_norm(x, weight.shape, weight, epsilon)
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -123,6 +126,17 @@ def attention(
     return out.reshape(B, N, T, H).to(query_BNTH.dtype)
 
 
+def attend(
+    projected: Sequence[Tensor],
+    rotary: tuple[Tensor, Tensor],
+    cache: tuple[Tensor, Tensor],
+    place: Place,
+) -> tuple[Tensor, tuple[Tensor, Tensor]] | None:
+    """See `BackendOps.attend`; in place."""
+    out = torch_calls.attend(projected, rotary, cache, place)
+    return None if out is None else (out, cache)
+
+
 def cache_dtype(compute_dtype: str, wanted: str | None = None) -> str:
     """See `BackendOps.cache_dtype`."""
     return wanted or compute_dtype
@@ -145,9 +159,9 @@ def place(start_B: Tensor, T: int, capacity: int) -> Place:
     rows_B1 = torch.arange(B, device=device)[:, None]
     write = positions_BT[0] if alike else (rows_B1, positions_BT)
     if starts is not None and alike and T == 1:
-        return Place(write, live, None)
+        return Place(write, live, None, start_B)
     mask_BTS = torch.arange(live, device=device) <= positions_BT[:, :, None]
-    return Place(write, live, mask_BTS[:, None])
+    return Place(write, live, mask_BTS[:, None], start_B)
 
 
 def cache_write(

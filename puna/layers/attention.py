@@ -55,7 +55,12 @@ class Attention(keras.layers.Layer):
         Returns:
             The result `[B, T, D]`, and the cache with the new keys and values in it.
         """
-        query, key, value = map(self._heads, linears(x_BTD, self.q_proj, self.k_proj, self.v_proj))
+        projected = linears(x_BTD, self.q_proj, self.k_proj, self.v_proj)
+        if isinstance(cache, LayerCache) and place is not None:
+            attended = backend.ops.attend(projected, rotary, cache, place)
+            if attended is not None:
+                return self.o_proj.call(attended[0]), LayerCache(*attended[1])
+        query, key, value = map(self._heads, projected)
         query_BNTH, key_BKSH, value_BKSH = rotate(query, *rotary), rotate(key, *rotary), value
         if cache is not None and place is not None:
             cache = cache.write(key_BKSH, value_BKSH, place)

@@ -32,7 +32,7 @@ def _registered() -> bool:
     """Whether there are kernels for JAX's default device, known to XLA from here on."""
     if jax.default_backend() != "cpu" or (loaded := library()) is None:
         return False
-    for name in ("puna_xla_linear", "puna_xla_linear_transposed"):
+    for name in ("puna_xla_linear", "puna_xla_linear_transposed", "puna_xla_attention"):
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(loaded, name)), platform="cpu")
     return True
 
@@ -148,3 +148,35 @@ def _gated_backward(call: _Call, kept, dy: Tensor):
 
 
 _gated.defvjp(_gated_forward, _gated_backward)
+
+
+# Up to so many new tokens of a row are attended to by the kernel; more, as XLA does it.
+_MOST_TOKENS = 8
+
+
+def attends(projected: Sequence[Tensor], cache: Sequence[Tensor]) -> bool:
+    """Whether the kernel takes these new tokens."""
+    return (
+        projected[0].shape[1] <= _MOST_TOKENS
+        and projected[0].dtype.name in FLOATS
+        and cache[0].dtype.name in ("float32", "uint16", "float16")
+        and cache[0].shape[3] % 16 == 0
+        and keras.distribution.distribution() is None
+        and _registered()
+    )
+
+
+def attend(
+    projected: Sequence[Tensor],
+    rotary: tuple[Tensor, Tensor],
+    cache: tuple[Tensor, Tensor],
+    start_B: Tensor,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """See `BackendOps.attend`."""
+    query = projected[0]
+    B, T, _ = query.shape
+    tables = (jnp.broadcast_to(a[:, 0], (B, T, a.shape[-1])) for a in rotary)
+    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (query, *cache)]
+    call = jax.ffi.ffi_call("puna_xla_attention", shapes, input_output_aliases={6: 1, 7: 2})
+    out, keys, values = call(*projected, *tables, start_B.astype(jnp.int32), *cache)
+    return out, (keys, values)

@@ -37,6 +37,20 @@ class Matrix(ctypes.Structure):
     )
 
 
+class Attention(ctypes.Structure):
+    """`PunaAttention`."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("query", "key", "value", "cos", "sin", "starts")),
+        *((name, ctypes.c_void_p) for name in ("keys", "values", "out")),
+        *((name, ctypes.c_int64) for name in ("rows", "tokens", "query_heads", "key_heads")),
+        *((name, ctypes.c_int64) for name in ("head_size", "capacity")),
+        ("scale", ctypes.c_float),
+        ("kind", ctypes.c_int32),
+        ("cache_kind", ctypes.c_int32),
+    )
+
+
 def matrix_of(arrays: Sequence[np.ndarray], in_features: int, group: int) -> Matrix:
     """A weight [out, in], or a packed one's data, scale and perhaps low; they must stay alive."""
     data = arrays[0]
@@ -97,6 +111,12 @@ def library() -> ctypes.CDLL | None:
         pointer, pointer, number, integer, pointer, pointer, number,
     ]  # fmt: skip
     loaded.puna_linear_transposed.restype = ctypes.c_char_p
+    loaded.puna_attention.argtypes = [pointer, pointer]
+    loaded.puna_attention.restype = ctypes.c_char_p
+    loaded.puna_rms_norm.argtypes = [
+        pointer, number, pointer, number, ctypes.c_float, integer, integer, pointer,
+    ]  # fmt: skip
+    loaded.puna_rms_norm.restype = None
     loaded.puna_read.argtypes = [pointer, pointer, integer]
     loaded.puna_read.restype = ctypes.c_uint64
     loaded.puna_instructions.restype = ctypes.c_char_p

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from puna.backend.kernels.library import FLOATS, KINDS, Matrix, Threads, library
+from puna.backend.kernels.library import FLOATS, KINDS, Attention, Matrix, Threads, library
 from puna.backend.packed import Packed
+from puna.backend.protocol import Place
 from puna.errors import BackendError
 
 _KINDS = {getattr(torch, name): kind for name, kind in KINDS.items()}
@@ -170,6 +171,71 @@ def _matrix(weight: torch.Tensor | Packed) -> Matrix:
     )
     weight._puna_matrix = matrix  # type: ignore[attr-defined]
     return matrix
+
+
+# Up to so many numbers are normalised here; more, by torch's threads.
+_MOST_NUMBERS = 1 << 15
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor | None:
+    """See `BackendOps.rms_norm`; None where torch shall do it."""
+    if (
+        x.numel() > _MOST_NUMBERS
+        or not x.is_cpu
+        or x.dtype not in _FLOATS
+        or weight.dtype not in _FLOATS
+        or not x.is_contiguous()
+        or (loaded := library()) is None
+        or torch.compiler.is_compiling()
+        or _wants_gradients(x, weight)
+    ):
+        return None
+    y, width = torch.empty_like(x), x.shape[-1]
+    loaded.puna_rms_norm(
+        x.data_ptr(), _KINDS[x.dtype], weight.data_ptr(), _KINDS[weight.dtype], epsilon,
+        x.numel() // width, width, y.data_ptr(),
+    )  # fmt: skip
+    return y
+
+
+# Up to so many new tokens of a row are attended to by the kernel; more, as torch does it.
+_MOST_TOKENS = 8
+
+
+def attend(
+    projected: Sequence[torch.Tensor],
+    rotary: tuple[torch.Tensor, torch.Tensor],
+    cache: tuple[torch.Tensor, torch.Tensor],
+    place: Place,
+) -> torch.Tensor | None:
+    """See `BackendOps.attend`; the cache is written to."""
+    query, (keys, values) = projected[0], cache
+    B, T, features = query.shape
+    if (
+        T > _MOST_TOKENS
+        or not query.is_cpu
+        or query.dtype not in _FLOATS
+        or keys.dtype not in _FLOATS
+        or keys.shape[3] % 16
+        or (loaded := library()) is None
+        or torch.compiler.is_compiling()
+        or _wants_gradients(*projected)
+    ):
+        return None
+    K, S, H = keys.shape[1:]
+    # All of them are kept alive until the call is over.
+    query, key, value = (array.contiguous() for array in projected)
+    cos, sin = (table.expand(B, 1, T, H).contiguous() for table in rotary)
+    starts = place.start_B.to(torch.int32).contiguous()
+    out = torch.empty_like(query)
+    attention = Attention(
+        *(a.data_ptr() for a in (query, key, value, cos, sin, starts, keys, values, out)),
+        B, T, features // H, K, H, S, H**-0.5, _KINDS[query.dtype], _KINDS[keys.dtype],
+    )  # fmt: skip
+    threads = ctypes.byref(_threads(torch.get_num_threads()))
+    if (why := loaded.puna_attention(threads, ctypes.byref(attention))) is not None:
+        raise BackendError(why.decode())
+    return out
 
 
 @functools.cache

@@ -229,6 +229,26 @@ const char* puna_linear_transposed(const PunaThreads* threads, const void* y, in
   return nullptr;
 }
 
+const char* puna_attention(const PunaThreads* threads, const PunaAttention* attention) {
+  const PunaAttention& a = *attention;
+  if (!is_float(a.kind) || !is_float(a.cache_kind)) return "heads and cache are floats";
+  if (a.key_heads < 1 || a.query_heads % a.key_heads != 0 || a.head_size % 16 != 0)
+    return "the heads are of no such number or size";
+  if (a.tokens > a.capacity) return "the new tokens are more than the cache holds";
+  const KernelTable& kernels = *instructions().table;
+  parallel(*threads, a.rows * a.key_heads, [&](int64_t i) {
+    float* scratch = computed.floats(kernels.attention_scratch(a));
+    kernels.attention(a, i / a.key_heads, i % a.key_heads, scratch);
+  });
+  return nullptr;
+}
+
+void puna_rms_norm(const void* x, int32_t kind, const void* weight, int32_t weight_kind,
+                   float epsilon, int64_t rows, int64_t width, void* y) {
+  for (int64_t row = 0; row < rows; ++row)
+    instructions().table->rms_norm(x, kind, weight, weight_kind, epsilon, width, row * width, y);
+}
+
 uint64_t puna_read(const PunaThreads* threads, const void* data, int64_t bytes) {
   const KernelTable& kernels = *instructions().table;
   std::atomic<uint64_t> total{0};

@@ -1,5 +1,6 @@
 // The kernels for one set of instructions: compiled once for each, see CMakeLists.txt.
 
+#include "attention.h"
 #include "kernel_table.h"
 #include "many_rows.h"
 
@@ -13,6 +14,27 @@ static void finish(const float* y, const float* up, int64_t stride, int64_t coun
     if (up != nullptr) value = value / (1.0f + std::exp(-value)) * up[i * stride];
     write_float(to, kind, at + i, value);
   }
+}
+
+static void rms_norm(const void* x, int32_t kind, const void* weight, int32_t weight_kind,
+                     float epsilon, int64_t width, int64_t at, void* y) {
+  float squares[8] = {};
+  int64_t whole = width / 8 * 8;
+  for (int64_t i = 0; i < whole; i += 8)
+    for (int j = 0; j < 8; ++j) {
+      float value = read_float(x, kind, at + i + j);
+      squares[j] += value * value;
+    }
+  float total = 0.0f;
+  for (int64_t i = whole; i < width; ++i) {
+    float value = read_float(x, kind, at + i);
+    total += value * value;
+  }
+  for (int j = 0; j < 8; ++j) total += squares[j];
+  float inverse = 1.0f / std::sqrt(total / float(width) + epsilon);
+  for (int64_t i = 0; i < width; ++i)
+    write_float(y, kind, at + i,
+                read_float(x, kind, at + i) * inverse * read_float(weight, weight_kind, i));
 }
 
 static uint64_t read(const uint8_t* data, int64_t bytes) {
@@ -32,7 +54,8 @@ static uint64_t read(const uint8_t* data, int64_t bytes) {
 const KernelTable PUNA_TABLE = {
     PUNA_ISA::few_scratch,  PUNA_ISA::few_prepare,  PUNA_ISA::few,          PUNA_ISA::kTile,
     PUNA_ISA::many_scratch, PUNA_ISA::many_pack,    PUNA_ISA::many,         PUNA_ISA::back_scratch,
-    PUNA_ISA::back_pack,    PUNA_ISA::back,         PUNA_ISA::finish,       PUNA_ISA::read,
+    PUNA_ISA::back_pack,    PUNA_ISA::back,         PUNA_ISA::finish,       PUNA_ISA::attention_scratch,
+    PUNA_ISA::attention,    PUNA_ISA::rms_norm,     PUNA_ISA::read,
 };
 
 }  // namespace puna

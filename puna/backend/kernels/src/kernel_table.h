@@ -37,6 +37,10 @@ struct KernelTable {
   // Writes `count` results of one row; with `up`, silu(y) * up.
   void (*finish)(const float* y, const float* up, int64_t stride, int64_t count, void* to,
                  int32_t kind, int64_t at);
+  int64_t (*attention_scratch)(const PunaAttention& a);
+  void (*attention)(const PunaAttention& a, int64_t row, int64_t head, float* scratch);
+  void (*rms_norm)(const void* x, int32_t kind, const void* weight, int32_t weight_kind,
+                   float epsilon, int64_t width, int64_t at, void* y);
   uint64_t (*read)(const uint8_t* data, int64_t bytes);
 };
 

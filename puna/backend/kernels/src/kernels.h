@@ -52,6 +52,32 @@ const char* puna_linear_transposed(const PunaThreads* threads, const void* y, in
                                    int64_t rows, const PunaMatrix* matrix, void* x,
                                    int32_t x_kind);
 
+// New tokens of several rows, and the cache they join. Their queries and keys are turned by cosines
+// and sines; query head n looks at key head n / (query_heads / key_heads), at its own place and all
+// before it. head_size is a multiple of 16.
+typedef struct {
+  const void* query;      // [rows, tokens, query_heads, head_size]
+  const void* key;        // [rows, tokens, key_heads, head_size]
+  const void* value;      // like key
+  const float* cos;       // [rows, tokens, head_size]
+  const float* sin;       // like cos: what the feature half a head further is multiplied by
+  const int32_t* starts;  // [rows], the place of each row's first new token
+  void* keys;             // [rows, key_heads, capacity, head_size], written to
+  void* values;           // like keys
+  void* out;              // like query
+  int64_t rows, tokens, query_heads, key_heads, head_size, capacity;
+  float scale;
+  int32_t kind;        // of query, key, value and out
+  int32_t cache_kind;  // of keys and values
+} PunaAttention;
+
+const char* puna_attention(const PunaThreads* threads, const PunaAttention* attention);
+
+// y [rows, width] = x over the root of its mean square and `epsilon`, times the weight [width]; on
+// this thread alone. x and y are of one kind.
+void puna_rms_norm(const void* x, int32_t kind, const void* weight, int32_t weight_kind,
+                   float epsilon, int64_t rows, int64_t width, void* y);
+
 // Every byte is read, by all threads: what the memory gives. The result depends on all of them.
 uint64_t puna_read(const PunaThreads* threads, const void* data, int64_t bytes);
 

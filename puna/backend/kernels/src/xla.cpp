@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstring>
 #include <memory>
 
@@ -156,6 +157,30 @@ void* puna_xla_linear_transposed(void* pointer) {
   PunaThreads threads = threads_of(frame);
   const char* why =
       puna_linear_transposed(&threads, y.data, kind_of(y), rows_of(y), &m, x.data, kind_of(x));
+  return why == nullptr ? nullptr : refuse(frame, why);
+}
+
+// Arguments: query, key, value, cos, sin, starts, keys, values. Results: out [rows, tokens, query
+// heads * head size], and keys and values, which are the arguments' memory.
+void* puna_xla_attention(void* pointer) {
+  const CallFrame* frame = static_cast<const CallFrame*>(pointer);
+  if (answers_version(frame)) return nullptr;
+  Buffer **in = frame->arguments.buffers, **out = frame->results.buffers;
+  PunaAttention a{};
+  a.query = in[0]->data, a.key = in[1]->data, a.value = in[2]->data;
+  a.cos = static_cast<const float*>(in[3]->data), a.sin = static_cast<const float*>(in[4]->data);
+  a.starts = static_cast<const int32_t*>(in[5]->data);
+  a.out = out[0]->data, a.keys = out[1]->data, a.values = out[2]->data;
+  if (a.keys != in[6]->data || a.values != in[7]->data)
+    return refuse(frame, "the cache was not given to be written to");
+  const int64_t* dims = out[1]->dims;
+  a.rows = dims[0], a.key_heads = dims[1], a.capacity = dims[2], a.head_size = dims[3];
+  a.tokens = in[0]->dims[1], a.query_heads = in[0]->dims[2] / a.head_size;
+  a.kind = kind_of(*in[0]);
+  a.cache_kind = out[1]->dtype == kU16 ? int32_t{PUNA_BF16} : kind_of(*out[1]);
+  a.scale = 1.0f / std::sqrt(float(a.head_size));
+  PunaThreads threads = threads_of(frame);
+  const char* why = puna_attention(&threads, &a);
   return why == nullptr ? nullptr : refuse(frame, why);
 }
 

@@ -1,0 +1,157 @@
+// Attention of a few new tokens over a cache: turned by their positions, written, looked up.
+
+#ifndef PUNA_ATTENTION_H_
+#define PUNA_ATTENTION_H_
+
+#include <algorithm>
+
+#include "vector.h"
+
+namespace puna {
+namespace PUNA_ISA {
+
+// e to the power of each lane, for numbers up to 0; of float32's accuracy, and 0 below -87.
+PUNA_INLINE Floats exponential(Floats x) {
+  Words tiny = Words(x < splat(-87.0f));
+  Floats power = x * splat(1.44269504f);
+  // The nearest whole number, by what an addition of 1.5 · 2^23 leaves in the lowest bits.
+  Floats shifted = power + splat(12582912.0f);
+  Floats whole = shifted - splat(12582912.0f);
+  Floats rest = x - whole * splat(0.693145752f) - whole * splat(1.42860677e-6f);
+  Floats sum = splat(1.9875691500e-4f);
+  sum = sum * rest + splat(1.3981999507e-3f);
+  sum = sum * rest + splat(8.3334519073e-3f);
+  sum = sum * rest + splat(4.1665795894e-2f);
+  sum = sum * rest + splat(1.6666665459e-1f);
+  sum = sum * rest + splat(5.0000001201e-1f);
+  sum = sum * rest * rest + rest + splat(1.0f);
+  Words exponent = (Words(shifted) - Words(splat(12582912.0f)) + 127) << 23;
+  return Floats(Words(sum * Floats(exponent)) & ~tiny);
+}
+
+// How keys and values are kept.
+struct CacheF32 {
+  typedef float Type;
+  static PUNA_INLINE Floats read(const float* from) { return load<Floats>(from); }
+  static PUNA_INLINE void write(float* to, float value) { *to = value; }
+};
+
+struct CacheBF16 {
+  typedef uint16_t Type;
+  static PUNA_INLINE Floats read(const uint16_t* from) {
+    return Floats(__builtin_convertvector(load<Halves>(from), Words) << 16);
+  }
+  static PUNA_INLINE void write(uint16_t* to, float value) { *to = to_bf16(value); }
+};
+
+struct CacheF16 {
+  typedef uint16_t Type;
+  static PUNA_INLINE Floats read(const uint16_t* from) { return halves_to_floats(from); }
+  static PUNA_INLINE void write(uint16_t* to, float value) { *to = to_f16(value); }
+};
+
+// A head's features, turned: x · cos + (x with its halves exchanged) · sin.
+PUNA_INLINE void turn(const PunaAttention& a, const void* x, int64_t at, const float* cos,
+                      const float* sin, float* to) {
+  int64_t H = a.head_size;
+  for (int64_t h = 0; h < H; ++h)
+    to[h] = read_float(x, a.kind, at + h) * cos[h] +
+            read_float(x, a.kind, at + (h + H / 2) % H) * sin[h];
+}
+
+// One key and value head of one row, with all query heads that look at it. `scratch` holds the
+// turned queries, the scores of each and one result.
+template <typename Cache>
+void attend_head(const PunaAttention& a, int64_t row, int64_t head, float* scratch) {
+  int64_t H = a.head_size, G = a.query_heads / a.key_heads, S = a.capacity;
+  typedef typename Cache::Type Type;
+  Type* keys = static_cast<Type*>(a.keys) + (row * a.key_heads + head) * S * H;
+  Type* values = static_cast<Type*>(a.values) + (row * a.key_heads + head) * S * H;
+  float* query = scratch;                    // [G, H]
+  float* scores = scratch + G * H;           // [G, padded]
+  // As XLA's own update: what would stand beyond the end stands at the end.
+  int64_t start = std::clamp<int64_t>(a.starts[row], 0, S - a.tokens);
+  int64_t padded = (S + kLanes - 1) / kLanes * kLanes;
+  float* turned = scores + G * padded;       // [H]
+  for (int64_t t = 0; t < a.tokens; ++t) {
+    int64_t token = row * a.tokens + t, place = start + t;
+    const float *cos = a.cos + token * H, *sin = a.sin + token * H;
+    int64_t at = (token * a.key_heads + head) * H;
+    turn(a, a.key, at, cos, sin, turned);
+    for (int64_t h = 0; h < H; ++h) {
+      Cache::write(keys + place * H + h, turned[h]);
+      Cache::write(values + place * H + h, read_float(a.value, a.kind, at + h));
+    }
+  }
+  for (int64_t t = 0; t < a.tokens; ++t) {
+    int64_t token = row * a.tokens + t, live = start + t + 1;
+    const float *cos = a.cos + token * H, *sin = a.sin + token * H;
+    for (int64_t g = 0; g < G; ++g) {
+      turn(a, a.query, (token * a.query_heads + head * G + g) * H, cos, sin, query + g * H);
+      for (int64_t h = 0; h < H; ++h) query[g * H + h] *= a.scale;
+    }
+    for (int64_t s = 0; s < live; ++s) {
+      const Type* key = keys + s * H;
+      for (int64_t g = 0; g < G; ++g) {
+        Floats total{};
+        for (int64_t h = 0; h < H; h += kLanes)
+          total += Cache::read(key + h) * load<Floats>(query + g * H + h);
+        scores[g * padded + s] = sum(total);
+      }
+    }
+    for (int64_t g = 0; g < G; ++g) {
+      float* score = scores + g * padded;
+      float largest = *std::max_element(score, score + live);
+      for (int64_t s = live; s % kLanes != 0; ++s) score[s] = -INFINITY;
+      Floats total{};
+      for (int64_t s = 0; s < live; s += kLanes) {
+        Floats weight = exponential(load<Floats>(score + s) - splat(largest));
+        total += weight;
+        store(score + s, weight);
+      }
+      float inverse = 1.0f / sum(total);
+      if (!(largest < INFINITY)) inverse = NAN;  // a score was no number
+      // The heads' results, a few vectors at a time, over all places.
+      int64_t to = (token * a.query_heads + head * G + g) * H;
+      for (int64_t h = 0; h < H; h += 4 * kLanes) {
+        Floats part[4] = {};
+        int64_t vectors = std::min<int64_t>(4, (H - h) / kLanes);
+        if (vectors == 4) {
+          for (int64_t s = 0; s < live; ++s) {
+            Floats weight = splat(score[s]);
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; ++i)
+              part[i] += weight * Cache::read(values + s * H + h + i * kLanes);
+          }
+        } else {
+          for (int64_t s = 0; s < live; ++s)
+            for (int64_t i = 0; i < vectors; ++i)
+              part[i] += splat(score[s]) * Cache::read(values + s * H + h + i * kLanes);
+        }
+        float lanes[4 * kLanes];
+        std::memcpy(lanes, part, sizeof lanes);
+        for (int64_t i = 0; i < vectors * kLanes; ++i)
+          write_float(a.out, a.kind, to + h + i, lanes[i] * inverse);
+      }
+    }
+  }
+}
+
+inline int64_t attention_scratch(const PunaAttention& a) {
+  int64_t G = a.query_heads / a.key_heads;
+  int64_t padded = (a.capacity + kLanes - 1) / kLanes * kLanes;
+  return G * a.head_size + G * padded + a.head_size;
+}
+
+inline void attention(const PunaAttention& a, int64_t row, int64_t head, float* scratch) {
+  switch (a.cache_kind) {
+    case PUNA_F32: return attend_head<CacheF32>(a, row, head, scratch);
+    case PUNA_BF16: return attend_head<CacheBF16>(a, row, head, scratch);
+    default: return attend_head<CacheF16>(a, row, head, scratch);
+  }
+}
+
+}  // namespace PUNA_ISA
+}  // namespace puna
+
+#endif  // PUNA_ATTENTION_H_
