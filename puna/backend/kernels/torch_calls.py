@@ -6,7 +6,7 @@ import ctypes
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,33 +16,64 @@ from puna.backend.protocol import Place
 from puna.errors import BackendError
 
 _KINDS = {getattr(torch, name): kind for name, kind in KINDS.items()}
+_POINTERS = [ctypes.c_void_p * count for count in range(9)]
 _FLOATS = tuple(getattr(torch, name) for name in FLOATS)
+
+
+class _Prepared(NamedTuple):
+    """Weights as the library takes them, and the tensors' addresses that this is true for."""
+
+    addresses: tuple[int, ...]
+    matrices: Any  # of ctypes
+    out_features: tuple[int, ...]
 
 
 def usable(
     x: torch.Tensor, weights: Sequence[torch.Tensor | Packed], out_dtype: torch.dtype
 ) -> bool:
     """Whether the kernels take this product; a program that torch compiles cannot look inside."""
-    kind = _kind(weights[0])
     return (
-        kind is not None
-        and x.is_cpu
+        x.is_cpu
         and x.dtype in _FLOATS
         and out_dtype in _FLOATS
-        and all(_kind(weight) == kind for weight in weights)
         and library() is not None
         and not torch.compiler.is_compiling()
         and not torch._C._functorch.peek_interpreter_stack()  # type: ignore[attr-defined]
+        and _prepare(weights) is not None
     )
+
+
+def _prepare(weights: Sequence[torch.Tensor | Packed]) -> _Prepared | None:
+    """Kept with the first weight's tensor for as long as all have the same memory."""
+    first = weights[0]
+    owner = first.data if isinstance(first, Packed) else first
+    addresses = tuple(a.data_ptr() for weight in weights for a in _arrays(weight))
+    prepared = getattr(owner, "_puna_prepared", None)
+    if prepared is not None and prepared.addresses == addresses:
+        return prepared
+    kinds = {_kind(weight) for weight in weights}
+    if len(kinds) > 1 or None in kinds:
+        return None
+    matrices = (Matrix * len(weights))(*map(_matrix, weights))
+    prepared = _Prepared(addresses, matrices, tuple(int(weight.shape[0]) for weight in weights))
+    owner._puna_prepared = prepared  # type: ignore[union-attr]
+    return prepared
+
+
+def _arrays(weight: torch.Tensor | Packed) -> tuple[torch.Tensor, ...]:
+    if not isinstance(weight, Packed):
+        return (weight,)
+    arrays = (weight.data, weight.scale)
+    return arrays if weight.low is None else (*arrays, weight.low)
 
 
 def _kind(weight: torch.Tensor | Packed) -> tuple[torch.dtype, int, bool] | None:
     """What weights of one call have in common; None for what no kernel takes."""
-    if isinstance(weight, Packed):
-        return (weight.data.dtype, weight.group, weight.low is None) if weight.data.is_cpu else None
-    if weight.dtype not in _FLOATS or not weight.is_cpu or not weight.is_contiguous():
+    if not all(a.is_cpu and a.is_contiguous() for a in _arrays(weight)):
         return None
-    return weight.dtype, 0, True
+    if isinstance(weight, Packed):
+        return weight.data.dtype, weight.group, weight.low is None
+    return (weight.dtype, 0, True) if weight.dtype in _FLOATS else None
 
 
 def linears(
@@ -116,19 +147,17 @@ def _call(
     out_dtype: torch.dtype,
     gated: int = 0,
 ) -> tuple[torch.Tensor, ...]:
-    loaded = library()
+    loaded, prepared = library(), _prepare(weights)
     assert loaded is not None
+    assert prepared is not None
     x = x.contiguous()
     width, leading = x.shape[-1], x.shape[:-1]
-    results = tuple(
-        torch.empty((*leading, weight.shape[0]), dtype=out_dtype)
-        for weight in (weights[:1] if gated else weights)
-    )
-    matrices = (Matrix * len(weights))(*map(_matrix, weights))
-    pointers = (ctypes.c_void_p * len(results))(*(y.data_ptr() for y in results))
+    outs = prepared.out_features[:1] if gated else prepared.out_features
+    results = tuple([torch.empty((*leading, out), dtype=out_dtype) for out in outs])
     why = loaded.puna_linear(
-        ctypes.byref(_threads(torch.get_num_threads())), x.data_ptr(), _KINDS[x.dtype],
-        x.numel() // width, matrices, len(weights), pointers, _KINDS[out_dtype], gated,
+        _threads(torch.get_num_threads()), x.data_ptr(), _KINDS[x.dtype], x.numel() // width,
+        prepared.matrices, len(weights), _POINTERS[len(outs)](*[y.data_ptr() for y in results]),
+        _KINDS[out_dtype], gated,
     )  # fmt: skip
     if why is not None:
         raise BackendError(why.decode())
@@ -143,7 +172,7 @@ def _transposed(
     assert loaded is not None
     dx = torch.empty((*dy.shape[:-1], weight.shape[1]), dtype=dtype)
     why = loaded.puna_linear_transposed(
-        ctypes.byref(_threads(torch.get_num_threads())), dy.data_ptr(), _KINDS[dy.dtype],
+        _threads(torch.get_num_threads()), dy.data_ptr(), _KINDS[dy.dtype],
         dy.numel() // dy.shape[-1], ctypes.byref(_matrix(weight)), dx.data_ptr(), _KINDS[dtype],
     )  # fmt: skip
     if why is not None:
@@ -152,25 +181,14 @@ def _transposed(
 
 
 def _matrix(weight: torch.Tensor | Packed) -> Matrix:
-    """The weight as the library takes it; kept with its tensor while that has the same memory."""
-    packed = isinstance(weight, Packed)
-    owner = weight.data if packed else weight
-    data = owner.data_ptr()
-    matrix = getattr(owner, "_puna_matrix", None)
-    if matrix is not None and matrix.data == data and not packed:
-        return matrix
     out_features, in_features = weight.shape
-    if packed:
-        low = None if weight.low is None else weight.low.data_ptr()
-        return Matrix(
-            data, weight.scale.data_ptr(), low, out_features, in_features, weight.group,
-            _KINDS[owner.dtype], _KINDS[weight.scale.dtype],
-        )  # fmt: skip
-    matrix = Matrix(
-        data, None, None, out_features, in_features, in_features, _KINDS[owner.dtype], 0
-    )
-    weight._puna_matrix = matrix  # type: ignore[attr-defined]
-    return matrix
+    data, *others = (a.data_ptr() for a in _arrays(weight))
+    scale, low = (*others, None, None)[:2]
+    if not isinstance(weight, Packed):
+        kind = _KINDS[weight.dtype]
+        return Matrix(data, None, None, out_features, in_features, in_features, kind, 0)
+    kinds = _KINDS[weight.data.dtype], _KINDS[weight.scale.dtype]
+    return Matrix(data, scale, low, out_features, in_features, weight.group, *kinds)
 
 
 # Up to so many numbers are normalised here; more, by torch's threads.
@@ -232,7 +250,7 @@ def attend(
         *(a.data_ptr() for a in (query, key, value, cos, sin, starts, keys, values, out)),
         B, T, features // H, K, H, S, H**-0.5, _KINDS[query.dtype], _KINDS[keys.dtype],
     )  # fmt: skip
-    threads = ctypes.byref(_threads(torch.get_num_threads()))
+    threads = _threads(torch.get_num_threads())
     if (why := loaded.puna_attention(threads, ctypes.byref(attention))) is not None:
         raise BackendError(why.decode())
     return out
@@ -250,7 +268,6 @@ def _threads(count: int) -> Threads:
         for path in folder.glob("libgomp*.so*"):
             openmp = ctypes.CDLL(str(path))
             run, parallel = loaded.puna_run_gomp, openmp.GOMP_parallel
-            return Threads(
-                ctypes.cast(run, ctypes.c_void_p), ctypes.cast(parallel, ctypes.c_void_p), count
-            )
-    return Threads(None, None, count)
+            pointers = (ctypes.cast(f, ctypes.c_void_p) for f in (run, parallel))
+            return ctypes.pointer(Threads(*pointers, count))
+    return ctypes.pointer(Threads(None, None, count))
