@@ -257,7 +257,7 @@ def attend(
 
 
 @functools.cache
-def _threads(count: int) -> Threads:
+def _threads(count: int) -> Any:
     """Torch's own threads, where they are GNU OpenMP's; others of ours would fight them."""
     loaded = library()
     assert loaded is not None
