@@ -57,4 +57,4 @@ fuzz: $(VENV)/.dev
 	$(BIN)/python -m tests.fuzz
 
 clean:
-	rm -rf $(VENV) .cache build dist *.egg-info puna/backend/kernels/*.so puna/backend/kernels/*.dylib
+	rm -rf $(VENV) .cache build dist *.egg-info puna/backend/kernels/*.native

@@ -92,6 +92,19 @@ def place(start_B: Tensor, T: int, capacity: int) -> Place:
     return Place(start_B, capacity, mask_BTS[:, None], start_B)
 
 
+def call_block(
+    block: Any,
+    like: Any,
+    x_BTD: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    cache: Any,
+    place: Place,
+) -> tuple[Tensor, Any]:
+    """See `BackendOps.call_block`."""
+    del like
+    return block.call(x_BTD, rotary, place.mask_B1TS, cache, place)
+
+
 def attention(
     query_BNTH: Tensor,
     key_BKSH: Tensor,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,9 @@ from puna.backend.packed import Packed
 from puna.backend.protocol import Place, Tensor
 
 __all__ = [
-    "aliases", "attend", "attention", "cache_dtype", "cache_read", "cache_write", "compile_step",
-    "embed", "gated", "initialize", "linear", "linears", "merge_heads", "place", "prepare",
-    "rms_norm", "rotate", "silu", "split_heads", "to_numpy", "value", "while_loop",
+    "aliases", "attend", "attention", "cache_dtype", "cache_read", "cache_write", "call_block",
+    "compile_step", "embed", "gated", "initialize", "linear", "linears", "merge_heads", "place",
+    "prepare", "rms_norm", "rotate", "silu", "split_heads", "to_numpy", "value", "while_loop",
 ]  # fmt: skip
 
 
@@ -128,6 +129,42 @@ def attend(
     return jax_calls.attend(projected, rotary, cache, place.start_B)
 
 
+class _Tracing(threading.local):
+    """Blocks that the step under way has traced; None where nothing is traced."""
+
+    blocks: dict[Any, Callable[..., Any]] | None = None
+
+
+_tracing = _Tracing()
+
+
+def call_block(
+    block: Any,
+    like: Any,
+    x_BTD: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    cache: Any,
+    place: Place,
+) -> tuple[Tensor, Any]:
+    """See `BackendOps.call_block`: a step of 30 blocks is traced and lowered as one of one."""
+    blocks = _tracing.blocks
+    variables, others = block.variables, like.variables
+    form, form_of_like = ([(v.name, v.shape, v.dtype) for v in vs] for vs in (variables, others))
+    if blocks is None or form != form_of_like:
+        return block.call(x_BTD, rotary, place.mask_B1TS, cache, place)
+    if like not in blocks:
+
+        def run(weights, x_BTD, rotary, cache, write, mask_B1TS, start_B):
+            # What is no array is the same for all blocks of a step.
+            own = Place(write, place.live, mask_B1TS, start_B)
+            with keras.StatelessScope(state_mapping=list(zip(others, weights, strict=True))):
+                return like.call(x_BTD, rotary, mask_B1TS, cache, own)
+
+        blocks[like] = jax.jit(run)
+    weights = [variable.value for variable in variables]
+    return blocks[like](weights, x_BTD, rotary, cache, place.write, place.mask_B1TS, place.start_B)
+
+
 def cache_dtype(compute_dtype: str, wanted: str | None = None) -> str:
     """See `BackendOps.cache_dtype`; XLA on a CPU rewrites a whole bfloat16 cache per token."""
     if (wanted or compute_dtype) == "bfloat16" and jax.default_backend() == "cpu":
@@ -219,8 +256,12 @@ def compile_step(
     _keep_compiled_programs()
 
     def stateless(weights: list[Tensor], *args: Any) -> Any:
-        with keras.StatelessScope(state_mapping=list(zip(variables, weights, strict=True))):
-            return function(*args)
+        before, _tracing.blocks = _tracing.blocks, {}
+        try:
+            with keras.StatelessScope(state_mapping=list(zip(variables, weights, strict=True))):
+                return function(*args)
+        finally:
+            _tracing.blocks = before
 
     compiled = jax.jit(stateless, donate_argnums=[position + 1 for position in donate])
 

@@ -125,6 +125,21 @@ class BackendOps(Protocol):
         """
         ...
 
+    def call_block(
+        self,
+        block: Any,
+        like: Any,
+        x_BTD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        cache: Any,
+        place: Place,
+    ) -> tuple[Tensor, Any]:
+        """`block.call(...)` in a compiled step.
+
+        Where `like` is a block of the same form, a backend may trace that one for both.
+        """
+        ...
+
     def cache_dtype(self, compute_dtype: str, wanted: str | None = None) -> str:
         """The dtype in which keys and values of `compute_dtype` are kept.
 

@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from puna.backend.generic import (
     attention,
+    call_block,
     dequantize,
     embed_packed,
     merge_heads,
@@ -27,9 +28,9 @@ from puna.backend.packed import Packed
 from puna.backend.protocol import Place, Tensor
 
 __all__ = [
-    "aliases", "attend", "attention", "cache_dtype", "cache_read", "cache_write", "compile_step",
-    "embed", "gated", "initialize", "linear", "linears", "merge_heads", "place", "prepare",
-    "rms_norm", "rotate", "silu", "split_heads", "to_numpy", "value", "while_loop",
+    "aliases", "attend", "attention", "cache_dtype", "cache_read", "cache_write", "call_block",
+    "compile_step", "embed", "gated", "initialize", "linear", "linears", "merge_heads", "place",
+    "prepare", "rms_norm", "rotate", "silu", "split_heads", "to_numpy", "value", "while_loop",
 ]  # fmt: skip
 
 

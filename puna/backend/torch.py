@@ -13,6 +13,7 @@ from keras.src.backend.torch.core import get_device
 from torch.nn import functional
 
 from puna.backend import generic
+from puna.backend.generic import call_block
 from puna.backend.kernels import torch_calls
 from puna.backend.memory import aligned_copy
 from puna.backend.packed import Packed
@@ -20,9 +21,10 @@ from puna.backend.protocol import Place, Tensor
 from puna.backend.torch_linear import gated, linear, linears, multiplies_slowly
 
 __all__ = [
-    "aliases", "attend", "attention", "cache_dtype", "cache_write", "compile_step", "embed",
-    "gated", "gather_rows", "initialize", "linear", "linears", "merge_heads", "place", "prepare",
-    "rms_norm", "rotate", "silu", "split_heads", "to_device", "to_numpy", "value", "zeros",
+    "aliases", "attend", "attention", "cache_dtype", "cache_write", "call_block", "compile_step",
+    "embed", "gated", "gather_rows", "initialize", "linear", "linears", "merge_heads", "place",
+    "prepare", "rms_norm", "rotate", "silu", "split_heads", "to_device", "to_numpy", "value",
+    "zeros",
 ]  # fmt: skip
 
 # NumPy knows these only through ml_dtypes, which torch does not: their bits travel as integers.

@@ -161,7 +161,13 @@ class Llama3Backbone(keras.Model):
         new_cache = []
         for i, block in enumerate(self.transformer_layers):
             layer_cache = None if cache is None else cache[i]
-            x_BTD, layer_cache = block.call(x_BTD, rotary, mask_B1TS, layer_cache, place, training)
+            if place is not None:
+                like = self.transformer_layers[0]
+                x_BTD, layer_cache = backend.ops.call_block(
+                    block, like, x_BTD, rotary, layer_cache, place
+                )
+            else:
+                x_BTD, _ = block.call(x_BTD, rotary, mask_B1TS, training=training)
             new_cache.append(layer_cache)
             if intercept is not None:
                 x_BTD = intercept(x_BTD, i)

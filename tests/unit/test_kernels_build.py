@@ -83,7 +83,7 @@ def test_sanitizers_find_nothing(tmp_path):
     ]
     code = (
         "import sys, pathlib, pytest, puna.backend.kernels.library as library\n"
-        f"library._path = lambda: pathlib.Path({str(tmp_path / 'puna_kernels.so')!r})\n"
+        f"library._path = lambda: pathlib.Path({str(tmp_path / 'puna_kernels.native')!r})\n"
         "tests = ['tests/unit/test_kernels.py', '-q', '-p', 'no:xdist', '-k',\n"
         "         'float64 or however_many or several or rounded or number']\n"
         "sys.exit(pytest.main(tests))\n"

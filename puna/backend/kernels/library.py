@@ -134,8 +134,5 @@ def _path() -> Path | None:
     import importlib.resources
 
     folder = importlib.resources.files("puna.backend.kernels")
-    for name in ("puna_kernels.so", "puna_kernels.dylib"):
-        found = folder / name
-        if found.is_file():
-            return Path(str(found))
-    return None
+    found = folder / "puna_kernels.native"
+    return Path(str(found)) if found.is_file() else None
