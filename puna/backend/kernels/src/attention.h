@@ -59,8 +59,70 @@ PUNA_INLINE void turn(const PunaAttention& a, const void* x, int64_t at, const f
             read_float(x, a.kind, at + (h + H / 2) % H) * sin[h];
 }
 
+// The even and the odd lanes' neighbours, added: sums of pairs of a, then of b.
+PUNA_INLINE Floats add_pairs(Floats a, Floats b) {
+#if PUNA_LANES == 16
+  const Ints even{0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+#elif PUNA_LANES == 8
+  const Ints even{0, 2, 4, 6, 8, 10, 12, 14};
+#else
+  const Ints even{0, 2, 4, 6};
+#endif
+#if defined(__clang__)
+  float both[2 * kLanes], evens[kLanes], odds[kLanes];
+  std::memcpy(both, &a, sizeof a);
+  std::memcpy(both + kLanes, &b, sizeof b);
+  for (int i = 0; i < kLanes; ++i) evens[i] = both[even[i]], odds[i] = both[even[i] + 1];
+  return load<Floats>(evens) + load<Floats>(odds);
+#else
+  return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, even + 1);
+#endif
+}
+
+// A query's products with the keys of kLanes places, a lane each.
+template <typename Cache>
+PUNA_INLINE Floats score_places(const float* query, const typename Cache::Type* keys, int64_t H) {
+  Floats total[kLanes] = {};
+  for (int64_t h = 0; h < H; h += kLanes) {
+    Floats part = load<Floats>(query + h);
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) total[i] += part * Cache::read(keys + i * H + h);
+  }
+#pragma GCC unroll 4
+  for (int left = kLanes / 2; left > 0; left /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < left; ++i) total[i] = add_pairs(total[2 * i], total[2 * i + 1]);
+  return total[0];
+}
+
+// The values of all places, times G heads' weights: each value is read once for all of them.
+template <typename Cache, int G>
+PUNA_INLINE void look_up(const PunaAttention& a, const float* weights, int64_t stride,
+                         const float* inverses, const typename Cache::Type* values, int64_t live,
+                         int64_t to) {
+  int64_t H = a.head_size;
+  for (int64_t h = 0; h < H; h += 16) {
+    constexpr int kVectors = 16 / kLanes;
+    Floats total[G][kVectors] = {};
+    for (int64_t s = 0; s < live; ++s) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kVectors; ++i) {
+        Floats value = Cache::read(values + s * H + h + i * kLanes);
+#pragma GCC unroll 4
+        for (int g = 0; g < G; ++g) total[g][i] += splat(weights[g * stride + s]) * value;
+      }
+    }
+    for (int g = 0; g < G; ++g) {
+      float lanes[16];
+      std::memcpy(lanes, total[g], sizeof lanes);
+      for (int i = 0; i < 16; ++i)
+        write_float(a.out, a.kind, to + g * H + h + i, lanes[i] * inverses[g]);
+    }
+  }
+}
+
 // One key and value head of one row, with all query heads that look at it. `scratch` holds the
-// turned queries, the scores of each and one result.
+// turned queries, the scores of each, a turned key, and what the weights are multiplied by.
 template <typename Cache>
 void attend_head(const PunaAttention& a, int64_t row, int64_t head, float* scratch) {
   int64_t H = a.head_size, G = a.query_heads / a.key_heads, S = a.capacity;
@@ -73,6 +135,7 @@ void attend_head(const PunaAttention& a, int64_t row, int64_t head, float* scrat
   int64_t start = std::clamp<int64_t>(a.starts[row], 0, S - a.tokens);
   int64_t padded = (S + kLanes - 1) / kLanes * kLanes;
   float* turned = scores + G * padded;       // [H]
+  float* inverses = turned + H;              // [G]
   for (int64_t t = 0; t < a.tokens; ++t) {
     int64_t token = row * a.tokens + t, place = start + t;
     const float *cos = a.cos + token * H, *sin = a.sin + token * H;
@@ -90,15 +153,17 @@ void attend_head(const PunaAttention& a, int64_t row, int64_t head, float* scrat
       turn(a, a.query, (token * a.query_heads + head * G + g) * H, cos, sin, query + g * H);
       for (int64_t h = 0; h < H; ++h) query[g * H + h] *= a.scale;
     }
-    for (int64_t s = 0; s < live; ++s) {
-      const Type* key = keys + s * H;
+    int64_t s = 0;
+    for (; s + kLanes <= live; s += kLanes)
+      for (int64_t g = 0; g < G; ++g)
+        store(scores + g * padded + s, score_places<Cache>(query + g * H, keys + s * H, H));
+    for (; s < live; ++s)
       for (int64_t g = 0; g < G; ++g) {
         Floats total{};
         for (int64_t h = 0; h < H; h += kLanes)
-          total += Cache::read(key + h) * load<Floats>(query + g * H + h);
+          total += Cache::read(keys + s * H + h) * load<Floats>(query + g * H + h);
         scores[g * padded + s] = sum(total);
       }
-    }
     for (int64_t g = 0; g < G; ++g) {
       float* score = scores + g * padded;
       float largest = *std::max_element(score, score + live);
@@ -111,27 +176,17 @@ void attend_head(const PunaAttention& a, int64_t row, int64_t head, float* scrat
       }
       float inverse = 1.0f / sum(total);
       if (!(largest < INFINITY)) inverse = NAN;  // a score was no number
-      // The heads' results, a few vectors at a time, over all places.
-      int64_t to = (token * a.query_heads + head * G + g) * H;
-      for (int64_t h = 0; h < H; h += 4 * kLanes) {
-        Floats part[4] = {};
-        int64_t vectors = std::min<int64_t>(4, (H - h) / kLanes);
-        if (vectors == 4) {
-          for (int64_t s = 0; s < live; ++s) {
-            Floats weight = splat(score[s]);
-#pragma GCC unroll 4
-            for (int i = 0; i < 4; ++i)
-              part[i] += weight * Cache::read(values + s * H + h + i * kLanes);
-          }
-        } else {
-          for (int64_t s = 0; s < live; ++s)
-            for (int64_t i = 0; i < vectors; ++i)
-              part[i] += splat(score[s]) * Cache::read(values + s * H + h + i * kLanes);
-        }
-        float lanes[4 * kLanes];
-        std::memcpy(lanes, part, sizeof lanes);
-        for (int64_t i = 0; i < vectors * kLanes; ++i)
-          write_float(a.out, a.kind, to + h + i, lanes[i] * inverse);
+      inverses[g] = inverse;
+    }
+    int64_t to = (token * a.query_heads + head * G) * H;
+    for (int64_t g = 0; g < G;) {
+      const float* some = scores + g * padded;
+      const float* by = inverses + g;
+      switch (G - g) {
+        case 1: look_up<Cache, 1>(a, some, padded, by, values, live, to + g * H), g += 1; break;
+        case 2: look_up<Cache, 2>(a, some, padded, by, values, live, to + g * H), g += 2; break;
+        case 3: look_up<Cache, 3>(a, some, padded, by, values, live, to + g * H), g += 3; break;
+        default: look_up<Cache, 4>(a, some, padded, by, values, live, to + g * H), g += 4; break;
       }
     }
   }
@@ -140,7 +195,7 @@ void attend_head(const PunaAttention& a, int64_t row, int64_t head, float* scrat
 inline int64_t attention_scratch(const PunaAttention& a) {
   int64_t G = a.query_heads / a.key_heads;
   int64_t padded = (a.capacity + kLanes - 1) / kLanes * kLanes;
-  return G * a.head_size + G * padded + a.head_size;
+  return G * a.head_size + G * padded + a.head_size + G;
 }
 
 inline void attention(const PunaAttention& a, int64_t row, int64_t head, float* scratch) {
