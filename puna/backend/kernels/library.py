@@ -130,9 +130,6 @@ def library() -> ctypes.CDLL | None:
 
 
 def _path() -> Path | None:
-    """Where the library lies: beside this file, or where an editable install has put it."""
-    import importlib.resources
-
-    folder = importlib.resources.files("puna.backend.kernels")
-    found = folder / "puna_kernels.native"
-    return Path(str(found)) if found.is_file() else None
+    """Where the library lies: beside this file, in an editable install too."""
+    found = Path(__file__).with_name("puna_kernels.native")
+    return found if found.is_file() else None

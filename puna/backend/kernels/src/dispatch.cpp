@@ -137,12 +137,18 @@ struct Call {
 
   void few(const void* x, int32_t x_kind) const {
     const PunaMatrix& first = matrices[0];
-    float* scratch = prepared.floats(kernels.few_scratch(first, rows));
+    int64_t parts = kernels.few_parts(first, x_kind), all = rows * parts;
+    float* scratch = prepared.floats(kernels.few_scratch(first, all));
     kernels.few_prepare(first, x, x_kind, rows, scratch);
     each_chunk(few_chunk, [&](int i, int64_t begin, int64_t end) {
-      float values[kFewRows * kMostResults], ups[kFewRows * kMostResults];
-      kernels.few(matrices[i], scratch, rows, begin, end, values, kMostResults);
-      if (gated) kernels.few(matrices[1], scratch, rows, begin, end, ups, kMostResults);
+      float values[2 * kFewRows * kMostResults], ups[2 * kFewRows * kMostResults];
+      kernels.few(matrices[i], scratch, all, begin, end, values, kMostResults);
+      if (gated) kernels.few(matrices[1], scratch, all, begin, end, ups, kMostResults);
+      if (parts == 2) {
+        for (int64_t j = 0; j < rows * kMostResults; ++j) values[j] += values[rows * kMostResults + j];
+        for (int64_t j = 0; gated && j < rows * kMostResults; ++j)
+          ups[j] += ups[rows * kMostResults + j];
+      }
       for (int64_t row = 0; row < rows; ++row)
         kernels.finish(values + row * kMostResults, gated ? ups + row * kMostResults : nullptr, 1,
                        end - begin, y[i], y_kind, row * matrices[i].out + begin);

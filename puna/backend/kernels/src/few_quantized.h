@@ -1,7 +1,8 @@
 // A few rows times a quantized matrix, in whole numbers.
 //
 // Each block of 32 inputs becomes 16-bit whole numbers with a scale of its own, so nothing is lost
-// that bfloat16 would keep, and the products of a block and their sum are exact. Then the block's
+// that bfloat16 would keep; of float32 inputs, what is left over becomes a second such row, whose
+// result is added. The products of a block and their sum are exact. Then the block's
 // sum is a float, times the weights' scale and the inputs'. What is added to every weight of a
 // group is multiplied once, by the sum of the group's inputs.
 
@@ -34,8 +35,9 @@ struct QuantizedLayout {
   }
 };
 
+// `rest` takes what the whole numbers leave over; NULL where that is not wanted.
 inline void prepare_quantized(const PunaMatrix& m, const void* x, int32_t x_kind, int64_t row,
-                              float* to) {
+                              float* to, float* rest) {
   QuantizedLayout layout(m);
   int16_t* whole = reinterpret_cast<int16_t*>(to);
   std::fill(to + layout.sums, to + layout.tail, 0.0f);
@@ -56,13 +58,16 @@ inline void prepare_quantized(const PunaMatrix& m, const void* x, int32_t x_kind
       int place = m.kind == PUNA_U4 ? i / 2 + i % 2 * int(kBlock) / 2 : i;
       whole[b * kBlock + place] = numbers[i];
     }
+    if (rest != nullptr)
+      for (int i = 0; i < kBlock; ++i)
+        rest[b * kBlock + i] = scale == scale ? block[i] - scale * float(numbers[i]) : 0.0f;
     to[layout.scales + b] = scale;
     to[layout.sums + b * kBlock / m.group] += sum;
   }
   for (int64_t k = layout.blocks * kBlock; k < m.in; ++k) {
     float value = read_float(x, x_kind, row * m.in + k);
     to[layout.tail + k - layout.blocks * kBlock] = value;
-    to[layout.sums + k / m.group] += value;
+    if (m.low != nullptr) to[layout.sums + k / m.group] += value;
   }
 }
 
@@ -96,6 +101,14 @@ struct BlockU4 {
   }
 };
 
+// The same about zero: the products are smaller, so less is lost than by taking 8 away at the end.
+struct BlockCentred4 : BlockU4 {
+  PUNA_INLINE BlockCentred4(const void* data, int64_t b) : BlockU4(data, b) {
+    first = _mm256_sub_epi16(first, _mm256_set1_epi16(8));
+    second = _mm256_sub_epi16(second, _mm256_set1_epi16(8));
+  }
+};
+
 template <typename Block>
 PUNA_INLINE Partial times(const Block& weights, const int16_t* x) {
   const __m256i* inputs = reinterpret_cast<const __m256i*>(x);
@@ -123,6 +136,12 @@ struct BlockU4 {
       weights[i] = bytes[i] & 15;
       weights[i + kBlock / 2] = bytes[i] >> 4;
     }
+  }
+};
+
+struct BlockCentred4 : BlockU4 {
+  PUNA_INLINE BlockCentred4(const void* data, int64_t b) : BlockU4(data, b) {
+    for (int16_t& weight : weights) weight -= 8;
   }
 };
 
@@ -169,8 +188,6 @@ PUNA_INLINE void quantized_some(const PunaMatrix& m, const float* x, int64_t x_r
       read_scales(m.scale, m.scale_kind, (out + r) * groups + first, some, raw);
       if (m.low != nullptr)
         read_scales(m.low, m.scale_kind, (out + r) * groups + first, some, low);
-      else
-        for (int64_t g = 0; g < some; ++g) low[g] = centre(m) * raw[g];
       for (int i = 0; i < M; ++i) {
         const float* inputs = x + i * x_row + layout.scales + start;
         const float* sums = x + i * x_row + layout.sums + first;
@@ -180,7 +197,7 @@ PUNA_INLINE void quantized_some(const PunaMatrix& m, const float* x, int64_t x_r
           for (int64_t b = 0, g = 0; b < count; ++g)
             for (int64_t stop = std::min(count, (first + g + 1) * in_group - start); b < stop; ++b)
               scales[r][i][b] = raw[g] * inputs[b];
-        if (m.low != nullptr || centre(m) != 0.0f)
+        if (m.low != nullptr)
           for (int64_t g = 0; g < some; ++g) rest[r][i] += low[g] * sums[g];
       }
     }
@@ -207,7 +224,7 @@ PUNA_INLINE void quantized_some(const PunaMatrix& m, const float* x, int64_t x_r
       float result = sum_partial(total[r][i]) + rest[r][i];
       for (int64_t k = layout.blocks * kBlock; k < m.in; ++k)
         result += read_float(m.scale, m.scale_kind, (out + r) * groups + k / m.group) *
-                  reader.one(k) * x[i * x_row + layout.tail + k - layout.blocks * kBlock];
+                  (reader.one(k) + centre(m)) * x[i * x_row + layout.tail + k - layout.blocks * kBlock];
       y[i * y_stride + r] = result;
     }
   }

@@ -23,14 +23,30 @@ PUNA_INLINE int64_t few_row(const PunaMatrix& m) {
   return is_quantized(m) ? QuantizedLayout(m).row : (m.in + kStep - 1) / kStep * kStep;
 }
 
-inline int64_t few_scratch(const PunaMatrix& m, int64_t rows) { return few_row(m) * rows; }
+// How many rows of scratch a row of x becomes; their results are added.
+inline int64_t few_parts(const PunaMatrix& m, int32_t x_kind) {
+  return is_quantized(m) && x_kind == PUNA_F32 ? 2 : 1;
+}
+
+// For one row's rest there is room behind.
+inline int64_t few_scratch(const PunaMatrix& m, int64_t rows) { return few_row(m) * rows + m.in; }
 
 inline void few_prepare(const PunaMatrix& m, const void* x, int32_t x_kind, int64_t rows,
                         float* scratch) {
   for (int64_t row = 0; row < rows; ++row) {
     float* to = scratch + row * few_row(m);
     if (is_quantized(m)) {
-      prepare_quantized(m, x, x_kind, row, to);
+      bool two = few_parts(m, x_kind) == 2;
+      float* rest = two ? scratch + 2 * rows * few_row(m) : nullptr;
+      prepare_quantized(m, x, x_kind, row, to, rest);
+      if (two) {
+        QuantizedLayout layout(m);
+        float* second = scratch + (rows + row) * few_row(m);
+        std::fill(rest + layout.blocks * kBlock, rest + m.in, 0.0f);
+        prepare_quantized(m, rest, PUNA_F32, 0, second, nullptr);
+        // What is added to every weight of a group is in the first row whole.
+        std::fill(second + layout.sums, second + layout.tail, 0.0f);
+      }
       continue;
     }
     if (x_kind == PUNA_F32)
@@ -83,7 +99,8 @@ PUNA_INLINE void few_some(const PunaMatrix& m, const float* x, int64_t x_row, in
   if constexpr (std::is_same<Read, ReadI8>::value)
     quantized_some<Read, BlockI8, M, R>(m, x, x_row, out, y, y_stride);
   else if constexpr (std::is_same<Read, ReadU4>::value)
-    quantized_some<Read, BlockU4, M, R>(m, x, x_row, out, y, y_stride);
+    m.low == nullptr ? quantized_some<Read, BlockCentred4, M, R>(m, x, x_row, out, y, y_stride)
+                     : quantized_some<Read, BlockU4, M, R>(m, x, x_row, out, y, y_stride);
   else
     floats_some<Read, M, R>(m, x, x_row, out, y, y_stride);
 }

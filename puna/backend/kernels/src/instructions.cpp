@@ -52,7 +52,7 @@ static uint64_t read(const uint8_t* data, int64_t bytes) {
 }  // namespace PUNA_ISA
 
 const KernelTable PUNA_TABLE = {
-    PUNA_ISA::few_scratch,  PUNA_ISA::few_prepare,  PUNA_ISA::few,          PUNA_ISA::kTile,
+    PUNA_ISA::few_parts,    PUNA_ISA::few_scratch,  PUNA_ISA::few_prepare,  PUNA_ISA::few,          PUNA_ISA::kTile,
     PUNA_ISA::many_scratch, PUNA_ISA::many_pack,    PUNA_ISA::many,         PUNA_ISA::back_scratch,
     PUNA_ISA::back_pack,    PUNA_ISA::back,         PUNA_ISA::finish,       PUNA_ISA::attention_scratch,
     PUNA_ISA::attention,    PUNA_ISA::rms_norm,     PUNA_ISA::read,

@@ -11,6 +11,8 @@ namespace puna {
 
 // Scratch memory and the order of work are the caller's; see dispatch.cpp.
 struct KernelTable {
+  // How many rows of scratch stand for a row: first one of each row, then a second of each.
+  int64_t (*few_parts)(const PunaMatrix& m, int32_t x_kind);
   // Floats of scratch that `few_prepare` fills for `rows` rows, and that `few` reads.
   int64_t (*few_scratch)(const PunaMatrix& m, int64_t rows);
   void (*few_prepare)(const PunaMatrix& m, const void* x, int32_t x_kind, int64_t rows,
