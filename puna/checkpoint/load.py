@@ -78,15 +78,19 @@ def _check(
     if not has_head:
         left = [name for name in left if not name.startswith("lm_head.")]
     elif HEAD in left and HEAD not in variables:
-        _check_tied(source, stored)
+        check_tied(source, stored[EMBEDDING])
         left.remove(HEAD)
     if left:
         raise PresetError(f"the checkpoint holds tensors that a Llama does not: {_some(left)}")
 
 
-def _check_tied(source: TensorSource, stored: Mapping[str, str]) -> None:
-    """Refuse a head that the configuration says is the embedding, and is not."""
-    head, embedding = source.read(HEAD), source.read(stored[EMBEDDING])
+def check_tied(source: TensorSource, embedding_name: str = EMBEDDING) -> None:
+    """Refuse a head that the configuration says is the embedding, and is not.
+
+    Raises:
+        PresetError: they differ.
+    """
+    head, embedding = source.read(HEAD), source.read(embedding_name)
     equal = head.shape == embedding.shape and head.dtype == embedding.dtype
     equal = equal and np.array_equal(head.view(np.uint8), embedding.view(np.uint8))
     source.release(HEAD)

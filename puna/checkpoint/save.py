@@ -8,16 +8,21 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from puna import backend
 from puna.backend.memory import numpy_dtype
+from puna.checkpoint import compressed_tensors, packed_files
+from puna.checkpoint.packed_files import Matrix
 from puna.checkpoint.preset import SETTINGS_FILE
 from puna.checkpoint.safetensors import TensorSpec, write_sharded
 from puna.config import LlamaConfig
 from puna.errors import PresetError
+from puna.quantization.arrays import variables
 
 MAX_SHARD_SIZE = 5_000_000_000  # bytes, as transformers has it
 
@@ -45,9 +50,13 @@ def save_directory(
     tokenizer: Any | None,
     generation_config: Mapping[str, Any],
     settings: Mapping[str, Any],
+    quantized: Mapping[str, Matrix] | None = None,
+    matrices: Collection[str] = (),
     max_shard_size: int = MAX_SHARD_SIZE,
 ) -> None:
     """Write weights, configuration and tokenizer, so that transformers opens them.
+
+    Quantized matrices are written as compressed-tensors has them.
 
     The files are written beside and put in place together: a save that fails leaves what was there
     as it was. A directory that exists keeps the files that are not of a checkpoint.
@@ -59,37 +68,67 @@ def save_directory(
         tokenizer: a `puna.text.tokenizer.Tokenizer`, or None.
         generation_config: what the checkpoint's own said; the stop ids are brought up to date.
         settings: what only Puna knows, for `puna.json`; no file where empty.
+        quantized: the matrices that are quantized, under names such as
+            `model.layers.0.mlp.up_proj`.
+        matrices: the names of all that could be.
         max_shard_size: bytes of a weights file at the most.
 
     Raises:
         PresetError: the directory cannot be written.
     """
-    dtypes = sorted({variable._dtype for variable in tensors.values()}, key=_itemsize)
+    quantized = quantized or {}
+    specs = list(_specs(tensors, quantized))
+    # Numbers and scales of quantized matrices have dtypes of their own.
+    owners = _owners(quantized)
+    dtypes = {variable._dtype for name, variable in tensors.items() if name not in owners}
+    dtype = max(dtypes, key=lambda dtype: numpy_dtype(dtype).itemsize)
     stops = list(config.eos_token_ids) if tokenizer is None else list(tokenizer.stop_token_ids)
     with _replacement(directory) as work:
-        write_sharded(
-            work,
-            [
-                TensorSpec(
-                    name,
-                    tuple(variable.shape),
-                    numpy_dtype(variable._dtype),
-                    lambda variable=variable: backend.ops.to_numpy(variable),
-                )
-                for name, variable in tensors.items()
-            ],
-            max_shard_size,
-        )
+        write_sharded(work, specs, max_shard_size)
         if tokenizer is not None:
             tokenizer.save(work)
         # The configuration's own dtype is of the files that it was read from, if any.
-        shape = dataclasses.replace(config, dtype=None).to_hf()
-        _write_json(work / "config.json", shape | {"dtype": dtypes[-1], "torch_dtype": dtypes[-1]})
+        said = dataclasses.replace(config, dtype=None).to_hf()
+        said |= {"dtype": dtype, "torch_dtype": dtype}
+        if quantized:
+            schemes = {name: matrix.scheme for name, matrix in quantized.items()}
+            said[compressed_tensors.KEY] = compressed_tensors.to_config(schemes, matrices)
+        _write_json(work / "config.json", said)
         _write_json(
             work / "generation_config.json", _generation_config(generation_config, config, stops)
         )
         if settings:
             _write_json(work / SETTINGS_FILE, dict(settings))
+
+
+def _specs(tensors: Mapping[str, Any], quantized: Mapping[str, Matrix]) -> Iterator[TensorSpec]:
+    """The tensors to write; those of a quantized matrix together, in the place of the first."""
+    owners = _owners(quantized)
+    written: set[str] = set()
+    for name, variable in tensors.items():
+        owner = owners.get(name)
+        if owner is None:
+            dtype = numpy_dtype(variable._dtype)
+            yield TensorSpec(name, tuple(variable.shape), dtype, _reader(variable))
+        elif owner not in written:
+            written.add(owner)
+            matrix = quantized[owner]
+            keys = variables(matrix.shape, matrix.scheme)
+            read = {key: _reader(tensors[f"{owner}.{key}"]) for key in keys}
+            yield from packed_files.to_write(owner, matrix, read)
+
+
+def _owners(quantized: Mapping[str, Matrix]) -> dict[str, str]:
+    """Of each variable of a quantized matrix, the matrix's name."""
+    return {
+        f"{name}.{key}": name
+        for name, matrix in quantized.items()
+        for key in variables(matrix.shape, matrix.scheme)
+    }
+
+
+def _reader(variable: Any) -> Callable[[], np.ndarray]:
+    return lambda: backend.ops.to_numpy(variable)
 
 
 def _generation_config(
@@ -98,10 +137,6 @@ def _generation_config(
     ids = {"bos_token_id": config.bos_token_id, "pad_token_id": config.pad_token_id} | dict(given)
     ids["eos_token_id"] = stops[0] if len(stops) == 1 else stops or None
     return {name: value for name, value in ids.items() if value is not None}
-
-
-def _itemsize(dtype: str) -> int:
-    return numpy_dtype(dtype).itemsize
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -12,7 +12,18 @@ from typing import Annotated, Any
 import typer
 
 import puna
-from puna.cli import bench, chat, convert, generate, info, interrupts, terminal, tokenize
+from puna.cli import (
+    bench,
+    chat,
+    convert,
+    generate,
+    info,
+    interrupts,
+    perplexity,
+    quantize,
+    terminal,
+    tokenize,
+)
 from puna.cli.options import with_groups
 from puna.errors import PunaError
 
@@ -23,7 +34,7 @@ EPILOG = (
 
 app = typer.Typer(
     name="puna",
-    help="Llama in Keras 3: chat with a checkpoint, generate, look into it, convert it.",
+    help="Llama in Keras 3: chat with a checkpoint, generate, look into it, quantize it.",
     epilog=EPILOG,
     no_args_is_help=True,
     add_completion=False,
@@ -83,6 +94,8 @@ for _verb, _examples in (
     (info.info, info.EXAMPLES),
     (tokenize.tokenize, tokenize.EXAMPLES),
     (convert.convert, convert.EXAMPLES),
+    (quantize.quantize, quantize.EXAMPLES),
+    (perplexity.perplexity, perplexity.EXAMPLES),
     (bench.bench, bench.EXAMPLES),
 ):
     app.command(help=_help(_verb, _examples), epilog=EPILOG)(_reported(with_groups(_verb)))

@@ -1,4 +1,4 @@
-"""A checkpoint's tensors streamed into a Hugging Face directory: no model and no Keras."""
+"""A checkpoint streamed into a Hugging Face directory: no model, and no Keras but to quantize."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import functools
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from puna.checkpoint import compressed_tensors
 from puna.checkpoint.preset import SETTINGS_FILE, Preset
 from puna.checkpoint.safetensors import TensorSpec, write_sharded
 from puna.checkpoint.source import TensorSource
@@ -22,19 +23,23 @@ from puna.checkpoint.variable_names import NO_PARAMETERS
 from puna.cli import terminal
 from puna.cli.opened import tokenizer_of
 from puna.config import LlamaConfig
-from puna.errors import PresetError, TokenizerError
+from puna.errors import ConfigError, PresetError, TokenizerError
+from puna.quantization.scheme import Recipe, Scheme
 from puna.text.tokenizer import Tokenizer
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
-def write_hf(opened: Preset, directory: Path, dtype: str | None) -> tuple[int, int]:
+def write_hf(
+    opened: Preset, directory: Path, dtype: str | None, recipe: Recipe | None = None
+) -> tuple[int, int]:
     """Write an opened preset as a Hugging Face directory, all of it or nothing.
 
     Args:
         opened: the preset.
         directory: where to: empty, or not there.
         dtype: of all tensors; None means the one that the preset would be run in.
+        recipe: how to quantize the matrices; None leaves them as they are.
 
     Returns:
         How many weight files were written, and their bytes.
@@ -44,7 +49,12 @@ def write_hf(opened: Preset, directory: Path, dtype: str | None) -> tuple[int, i
             written.
         ConfigError: the configuration asks for what is not computed.
     """
-    config = LlamaConfig.from_hf(opened.config)
+    hf, quantized = compressed_tensors.split(opened.config)
+    if quantized is not None:
+        raise PresetError(
+            f"{opened.path} is quantized already; expected a full-precision checkpoint"
+        )
+    config = LlamaConfig.from_hf(hf)
     source = opened.tensors()
     try:
         dtype = dtype or opened.default_dtype(source)
@@ -52,17 +62,25 @@ def write_hf(opened: Preset, directory: Path, dtype: str | None) -> tuple[int, i
         stored = _stored_names(config, source)
         tokenizer = _tokenizer(opened)
         stream = _Stream(source, target)
-        specs = [
-            TensorSpec(
-                name, source.info(theirs).shape, target, functools.partial(stream.read, theirs)
-            )
-            for name, theirs in stored.items()
-        ]
+        names = [n.removesuffix(".weight") for n, s in expected_shapes(config).items() if s[1:]]
+        schemes = {} if recipe is None else recipe.schemes(dict.fromkeys(names))
+        specs: list[TensorSpec] = []
+        for name, theirs in stored.items():
+            shape = source.info(theirs).shape
+            if scheme := schemes.get(name.removesuffix(".weight")):
+                specs += _quantized(stream, name, theirs, scheme.fit(shape[1], dtype))
+            else:
+                specs.append(
+                    TensorSpec(name, shape, target, functools.partial(stream.read, theirs))
+                )
         with _appearing(directory) as work:
             files = write_sharded(work, specs)
             if tokenizer is not None:
                 tokenizer.save(work)
             said = config.to_hf() | {"dtype": dtype, "torch_dtype": dtype}
+            if schemes:
+                fitted = {n: s.fit(_width(source, stored, n), dtype) for n, s in schemes.items()}
+                said[compressed_tensors.KEY] = compressed_tensors.to_config(fitted, names)
             _write_json(work / "config.json", said)
             _write_json(work / "generation_config.json", _generation(opened, config, tokenizer))
             if opened.settings:
@@ -136,6 +154,11 @@ def _check_tied(source: TensorSource, embedding: str) -> None:
         )
 
 
+def _width(source: TensorSource, stored: Mapping[str, str], name: str) -> int:
+    """The inputs of a matrix."""
+    return source.info(stored[f"{name}.weight"]).shape[1]
+
+
 class _Stream:
     """A checkpoint's tensors, one at a time: the pages of one are let go when the next is read."""
 
@@ -143,6 +166,7 @@ class _Stream:
         self._source = source
         self._dtype = dtype
         self._last: str | None = None
+        self._packed: tuple[str, dict[str, np.ndarray]] | None = None
 
     def read(self, name: str) -> np.ndarray:
         """A tensor in the dtype to write."""
@@ -154,6 +178,44 @@ class _Stream:
             return array
         with np.errstate(over="ignore"):  # beyond float16's range is infinite, as everywhere
             return array.astype(self._dtype)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor."""
+        return self._source.info(name).shape
+
+    def quantized(self, name: str, theirs: str, scheme: Scheme) -> dict[str, np.ndarray]:
+        """The arrays of a matrix once quantized; kept until another is asked for."""
+        from puna.quantization.arrays import arrays_of
+        from puna.quantization.rounding import quantize
+
+        if self._packed is None or self._packed[0] != name:
+            self._packed = None
+            array = self._source.read(theirs)
+            try:
+                self._packed = (name, arrays_of(quantize(array, scheme, name=name)))
+            except ConfigError as error:
+                raise PresetError(str(error)) from error
+            finally:
+                del array
+                self._source.release(theirs)
+        return self._packed[1]
+
+
+def _quantized(stream: _Stream, name: str, theirs: str, scheme: Scheme) -> list[TensorSpec]:
+    """The tensors of a quantized matrix, which is quantized when the first of them is written."""
+    # These import Keras, which nothing else here needs.
+    from puna.checkpoint import packed_files
+    from puna.quantization.arrays import variables
+
+    shape = stream.shape(theirs)
+
+    def read(key: str) -> np.ndarray:
+        return stream.quantized(name, theirs, scheme)[key]
+
+    matrix = packed_files.Matrix((shape[0], shape[1]), scheme)
+    keys = variables(matrix.shape, scheme)
+    readers = {key: functools.partial(read, key) for key in keys}
+    return list(packed_files.to_write(name.removesuffix(".weight"), matrix, readers))
 
 
 def _tokenizer(opened: Preset) -> Tokenizer | None:

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from puna.checkpoint import compressed_tensors
 from puna.checkpoint.preset import Preset
 from puna.checkpoint.source import TensorSource
 from puna.checkpoint.variable_names import NO_PARAMETERS
+from puna.cli.conversion import expected_shapes
 from puna.config import LlamaConfig
 from puna.errors import TemplateError, TokenizerError
 from puna.text.template import ChatTemplate
@@ -45,12 +47,17 @@ def describe(
     Raises:
         PresetError, ConfigError: the files are broken, or ask for what is not computed.
     """
-    config = LlamaConfig.from_hf(opened.config)
+    hf, quantized = compressed_tensors.split(opened.config)
+    config = LlamaConfig.from_hf(hf)
     source = opened.tensors()
     try:
         run_as = dtype or opened.default_dtype(source)
         names = _parameters(source, config)
         count = sum(math.prod(source.info(name).shape) for name in names)
+        weights = count * BYTES.get(run_as, 4)
+        if quantized is not None:  # they are held as they are stored
+            count = sum(math.prod(shape) for shape in expected_shapes(config).values())
+            weights = sum(source.info(name).nbytes for name in names)
         return {
             "format": opened.format,
             "architecture": _architecture(config),
@@ -59,7 +66,7 @@ def describe(
             "files": _files(opened.path, source),
             "context_length": config.context_length,
             "rope": _rope(config),
-            "memory": _memory(config, count, run_as, contexts),
+            "memory": _memory(config, weights, run_as, contexts),
             "template": None if tokenizer is None else _template(tokenizer),
             "stop_tokens": [] if tokenizer is None else _stop_tokens(tokenizer),
             "tokenizer": None if tokenizer is None else _tokenizer(tokenizer),
@@ -122,7 +129,7 @@ def _rope(config: LlamaConfig) -> dict[str, Any]:
 
 
 def _memory(
-    config: LlamaConfig, parameters: int, dtype: str, contexts: Sequence[int]
+    config: LlamaConfig, weights: int, dtype: str, contexts: Sequence[int]
 ) -> dict[str, Any]:
     """Bytes of the weights and of the KV cache of one conversation."""
     size = BYTES.get(dtype, 4)
@@ -130,7 +137,6 @@ def _memory(
     lengths = contexts or [n for n in (4096,) if n < config.context_length] + [
         config.context_length
     ]
-    weights = parameters * size
     return {
         "dtype": dtype,
         "weights_bytes": weights,

@@ -225,6 +225,15 @@ class Loading:
         ),
     ] = None
 
+    quantization: Annotated[
+        Literal["int4", "int8"] | None,
+        typer.Option(
+            help="Quantize the weights while they are read.",
+            rich_help_panel=_LOADING,
+            show_default=False,
+        ),
+    ] = None
+
     def load(self, preset: str) -> Any:
         """The causal LM of a preset: the moment when Keras is imported."""
         from puna.checkpoint.hub import PRESETS, SCHEME
@@ -236,7 +245,11 @@ class Loading:
             from puna.models import CausalLM
 
             model = CausalLM.from_preset(
-                preset, dtype=self.dtype, revision=self.revision, adapter=self.adapter
+                preset,
+                dtype=self.dtype,
+                revision=self.revision,
+                adapter=self.adapter,
+                quantization=self.quantization,
             )
         interrupts.check()
         return model
@@ -246,7 +259,8 @@ def with_groups(verb: Callable[..., Any]) -> Callable[..., Any]:
     """The verb as typer shall see it: in the place of each dataclass its fields, as options.
 
     >>> def verb(preset: str, loading: Loading): return loading.dtype
-    >>> with_groups(verb)(preset="a", dtype="float32", revision=None, adapter=None)
+    >>> nothing = dict(revision=None, adapter=None, quantization=None)
+    >>> with_groups(verb)(preset="a", dtype="float32", **nothing)
     'float32'
     """
     hints = get_type_hints(verb, include_extras=True)

@@ -1,4 +1,4 @@
-"""The layers of a Llama, plain: one device, no adapters, no quantization."""
+"""The layers of a Llama, plain: one device, no adapters; their matrices may be quantized."""
 
 import puna.backend as _backend  # chooses the backend before any layer imports Keras
 

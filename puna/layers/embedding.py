@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import keras
 from keras import ops
 
 from puna import backend
 from puna.backend.protocol import Tensor
+from puna.layers.matrix import MatrixLayer
 
 
-class Embedding(keras.layers.Layer):
+class Embedding(MatrixLayer):
     """Look up rows of a weight `(vocabulary, width)`.
 
     Args:
@@ -21,25 +21,24 @@ class Embedding(keras.layers.Layer):
     def __init__(
         self, vocabulary_size: int, width: int, *, initializer_range: float = 0.02, **kwargs
     ):
-        super().__init__(**kwargs)
+        super().__init__(initializer_range=initializer_range, **kwargs)
         self.vocabulary_size = vocabulary_size
         self.width = width
-        self.initializer_range = initializer_range
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """`(vocabulary, width)`."""
+        return self.vocabulary_size, self.width
 
     def build(self, input_shape=None):
         del input_shape
-        self.weight = self.add_weight(
-            name="weight",
-            shape=(self.vocabulary_size, self.width),
-            initializer=keras.initializers.RandomNormal(stddev=self.initializer_range),
-        )
+        self.add_matrix()
 
     def call(self, token_ids_BT: Tensor) -> Tensor:
         """`[B, T]` ids to `[B, T, D]` in the compute dtype."""
-        rows_BTD = backend.ops.embed(backend.ops.value(self.weight), token_ids_BT)
+        rows_BTD = backend.ops.embed(self.matrix(), token_ids_BT)
         return ops.cast(rows_BTD, self.compute_dtype)
 
     def logits(self, x_BTD: Tensor) -> Tensor:
         """`[B, T, D]` to `[B, T, V]` in float32, where the head is tied to the embedding."""
-        dtype = self.compute_dtype
-        return backend.ops.linear(x_BTD, backend.ops.value(self.weight, dtype), "float32")
+        return backend.ops.linear(x_BTD, self.matrix(self.compute_dtype), "float32")

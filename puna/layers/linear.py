@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import keras
-
 from puna import backend
 from puna.backend.protocol import Tensor
+from puna.layers.matrix import MatrixLayer
 
 
-class Linear(keras.layers.Layer):
+class Linear(MatrixLayer):
     """Multiply by a weight `(out, in)` and add a bias.
 
     Args:
@@ -29,20 +28,20 @@ class Linear(keras.layers.Layer):
         out_dtype: str | None = None,
         **kwargs,
     ):
-        super().__init__(**kwargs)
+        super().__init__(initializer_range=initializer_range, **kwargs)
         self.input_dim = input_dim
         self.output_dim = output_dim
         self.use_bias = use_bias
-        self.initializer_range = initializer_range
         self.out_dtype = out_dtype
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """`(out, in)`."""
+        return self.output_dim, self.input_dim
 
     def build(self, input_shape=None):
         del input_shape
-        self.weight = self.add_weight(
-            name="weight",
-            shape=(self.output_dim, self.input_dim),
-            initializer=keras.initializers.RandomNormal(stddev=self.initializer_range),
-        )
+        self.add_matrix()
         if self.use_bias:
             self.bias = self.add_weight(name="bias", shape=(self.output_dim,), initializer="zeros")
 
@@ -52,12 +51,20 @@ class Linear(keras.layers.Layer):
 
 
 def linears(x: Tensor, *layers: Linear) -> list[Tensor]:
-    """What several layers of one dtype make of the same `x`, computed together."""
+    """What several layers of one dtype make of the same `x`; those of one scheme together."""
     dtype = layers[0].compute_dtype
     out_dtype = layers[0].out_dtype or dtype
-    weights = [backend.ops.value(layer.weight, dtype) for layer in layers]
-    results = backend.ops.linears(x, weights, out_dtype)
+    weights = [layer.matrix(dtype) for layer in layers]
+    if are_alike(*layers):
+        results = backend.ops.linears(x, weights, out_dtype)
+    else:
+        results = [backend.ops.linears(x, [weight], out_dtype)[0] for weight in weights]
     return [
         y + backend.ops.value(layer.bias, out_dtype) if layer.use_bias else y
         for layer, y in zip(layers, results, strict=True)
     ]
+
+
+def are_alike(*layers: Linear) -> bool:
+    """Whether the layers' matrices are of one kind, so that one product takes them all."""
+    return all(layer.scheme == layers[0].scheme for layer in layers[1:])

@@ -10,7 +10,7 @@ from keras import ops
 from puna import backend
 from puna.backend.protocol import Tensor
 from puna.config import LlamaConfig
-from puna.layers.linear import Linear, linears
+from puna.layers.linear import Linear, are_alike, linears
 
 # Every name of `puna.config.ACTIVATIONS`.
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -60,9 +60,9 @@ class MLP(keras.layers.Layer):
     def call(self, x_BTD: Tensor) -> Tensor:
         """`[B, T, D]` to `[B, T, D]`."""
         gate, up = self.gate_proj, self.up_proj
-        if self.activation is backend.ops.silu and not gate.use_bias:
+        if self.activation is backend.ops.silu and not gate.use_bias and are_alike(gate, up):
             dtype = self.compute_dtype
-            gate_weight, up_weight = (backend.ops.value(w, dtype) for w in (gate.weight, up.weight))
-            return self.down_proj.call(backend.ops.gated(x_BTD, gate_weight, up_weight, dtype))
+            gated_BTF = backend.ops.gated(x_BTD, gate.matrix(dtype), up.matrix(dtype), dtype)
+            return self.down_proj.call(gated_BTF)
         gate_BTF, up_BTF = linears(x_BTD, gate, up)
         return self.down_proj.call(self.activation(gate_BTF) * up_BTF)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
@@ -16,12 +16,15 @@ from puna.config import LlamaConfig
 from puna.layers.block import Block
 from puna.layers.cache import Cache, capacity_of
 from puna.layers.embedding import Embedding
+from puna.layers.matrix import MatrixLayer
 from puna.layers.rms_norm import RMSNorm
 from puna.layers.rope import RotaryEmbedding, rotate
+from puna.models.quantizing import Quantizable
+from puna.quantization.scheme import Quantization, Scheme
 
 
 @keras.saving.register_keras_serializable(package="puna")
-class Llama3Backbone(keras.Model):
+class Llama3Backbone(Quantizable, keras.Model):
     """A Llama without its head: token ids to hidden states.
 
     The inputs are `{"token_ids": int [B, T], "padding_mask": bool [B, T]}`, or the token ids alone.
@@ -33,6 +36,8 @@ class Llama3Backbone(keras.Model):
             `tie_word_embeddings` (see `LlamaConfig.from_keras_hub`).
         dtype: a dtype's name or a Keras dtype policy; None means Keras's own default.
         name: the layer's name.
+        quantization: the names of matrices that are quantized, and how; `quantize` does it to a
+            model that has weights.
 
     Example:
     >>> import numpy as np
@@ -51,6 +56,7 @@ class Llama3Backbone(keras.Model):
         dtype: Any = None,
         name: str = "model",
         trainable: bool = True,
+        quantization: Mapping[str, Scheme | dict[str, Any]] | None = None,
         **kwargs: Any,
     ):
         super().__init__(dtype=dtype, name=name, trainable=trainable)
@@ -73,6 +79,7 @@ class Llama3Backbone(keras.Model):
         ]
         self.norm = RMSNorm(D, epsilon=config.rms_norm_eps, name="norm", dtype=policy)
         self.rotary = RotaryEmbedding(config.rope, config.head_size, config.max_position_embeddings)
+        self.set_schemes(quantization or {})
         self.build()
 
     def build(self, input_shape=None):
@@ -189,6 +196,16 @@ class Llama3Backbone(keras.Model):
         """keras-hub's name of `norm`."""
         return self.norm
 
+    def matrices(self) -> dict[str, MatrixLayer]:
+        """The layers that can be quantized, under names such as `model.layers.0.mlp.up_proj`."""
+        found: dict[str, MatrixLayer] = {"model.embed_tokens": self.embed_tokens}
+        for i, block in enumerate(self.transformer_layers):
+            for part in (block.self_attn, block.mlp):
+                for layer in part._flatten_layers(include_self=False):
+                    if isinstance(layer, MatrixLayer):
+                        found[f"model.layers.{i}.{part.name}.{layer.name}"] = layer
+        return found
+
     def tensors(self) -> dict[str, Any]:
         """The variables under the checkpoint's names, such as `model.norm.weight`."""
         root = self.path or self.name
@@ -201,6 +218,7 @@ class Llama3Backbone(keras.Model):
             "dtype": keras.dtype_policies.serialize(self.dtype_policy),
             "name": self.name,
             "trainable": self.trainable,
+            "quantization": {name: s.to_config() for name, s in self.quantization().items()},
         }
 
     @classmethod
@@ -218,11 +236,12 @@ class Llama3Backbone(keras.Model):
         dtype: Any = None,
         revision: str | None = None,
         adapter: str | os.PathLike[str] | None = None,
+        quantization: Quantization | None = None,
     ) -> Llama3Backbone:
         """The backbone of a preset; see `Llama3CausalLM.from_preset`."""
         from puna.models.presets import load_backbone
 
-        return load_backbone(cls, preset, load_weights, dtype, revision, adapter)
+        return load_backbone(cls, preset, load_weights, dtype, revision, adapter, quantization)
 
 
 def _split_inputs(inputs: Any) -> tuple[Tensor, Tensor]:

@@ -16,12 +16,17 @@ from puna.decoding.loop import Decoder
 from puna.errors import ConfigError, TokenizerError
 from puna.layers.cache import Cache
 from puna.layers.linear import Linear
+from puna.layers.matrix import MatrixLayer
 from puna.models.backbone import Llama3Backbone
 from puna.models.generating import Generating
 from puna.models.preprocessor import Llama3CausalLMPreprocessor
+from puna.models.quantizing import Quantizable
 from puna.models.vocabulary import ResizableVocabulary
+from puna.quantization.scheme import Quantization, Scheme
 from puna.text.tokenizer import Tokenizer
 from puna.tuning.data import Preprocessed, contains_text
+
+_HEAD = "lm_head"
 
 
 class CausalLM(keras.Model):
@@ -36,6 +41,7 @@ class CausalLM(keras.Model):
         *,
         revision: str | None = None,
         adapter: str | os.PathLike[str] | None = None,
+        quantization: Quantization | None = None,
         **kwargs: Any,
     ) -> Llama3CausalLM:
         """A model from a checkpoint, converted on the fly.
@@ -49,6 +55,10 @@ class CausalLM(keras.Model):
                 and float32 for quantized GGUF files.
             revision: a branch, tag or commit of the Hub, where the address names none.
             adapter: the directory or address of a PEFT adapter, merged into the weights.
+            quantization: "int8", "int4", a `puna.quantization.scheme.Scheme`, or regular
+                expressions for the names of matrices with a scheme each: the matrices are
+                quantized while they are read, one at a time. A checkpoint that is already
+                quantized, in the compressed-tensors format, is kept as it is, and takes none.
             **kwargs: `preprocessor=None` leaves out the tokenizer; anything else goes to the
                 constructor.
 
@@ -59,12 +69,12 @@ class CausalLM(keras.Model):
         from puna.models.presets import load_causal_lm
 
         return load_causal_lm(
-            Llama3CausalLM, preset, load_weights, dtype, revision, adapter, kwargs
+            Llama3CausalLM, preset, load_weights, dtype, revision, adapter, quantization, kwargs
         )
 
 
 @keras.saving.register_keras_serializable(package="puna")
-class Llama3CausalLM(Generating, ResizableVocabulary, CausalLM):
+class Llama3CausalLM(Generating, ResizableVocabulary, Quantizable, CausalLM):
     """A Llama that predicts the next token.
 
     Called on `{"token_ids", "padding_mask"}`, each `[B, T]`, it returns logits `[B, T, V]` in
@@ -76,6 +86,7 @@ class Llama3CausalLM(Generating, ResizableVocabulary, CausalLM):
         name: the model's name.
         generation_config: the contents of the checkpoint's `generation_config.json`, kept for
             `save_to_preset`.
+        head_scheme: how the head is quantized, where it has a matrix of its own.
     """
 
     def __init__(
@@ -86,6 +97,7 @@ class Llama3CausalLM(Generating, ResizableVocabulary, CausalLM):
         name: str = "llama3_causal_lm",
         trainable: bool = True,
         generation_config: dict[str, Any] | None = None,
+        head_scheme: Scheme | dict[str, Any] | None = None,
     ):
         super().__init__(dtype=backbone.dtype_policy, name=name, trainable=trainable)
         self.backbone = backbone
@@ -102,6 +114,7 @@ class Llama3CausalLM(Generating, ResizableVocabulary, CausalLM):
                 name="lm_head",
                 dtype=self.dtype_policy,
             )
+            self.set_schemes({_HEAD: head_scheme} if head_scheme else {})
         self._decoder = Decoder(self)
         self.build()
 
@@ -172,6 +185,11 @@ class Llama3CausalLM(Generating, ResizableVocabulary, CausalLM):
         """The logits' shape and dtype, for functional models."""
         hidden = self.backbone.compute_output_spec(inputs)
         return keras.KerasTensor((*hidden.shape[:-1], self.config.vocab_size), "float32")
+
+    def matrices(self) -> dict[str, MatrixLayer]:
+        """See `Llama3Backbone.matrices`; the head is there where it has a matrix of its own."""
+        head = {} if self.lm_head is None else {_HEAD: self.lm_head}
+        return self.backbone.matrices() | head
 
     def tensors(self) -> dict[str, Any]:
         """The variables under the checkpoint's names, such as `lm_head.weight`."""
@@ -288,13 +306,14 @@ class Llama3CausalLM(Generating, ResizableVocabulary, CausalLM):
 
     def get_config(self) -> dict[str, Any]:
         """Everything that the constructor needs, as JSON."""
-        serialize = keras.saving.serialize_keras_object
+        serialize, head = keras.saving.serialize_keras_object, self.quantization().get(_HEAD)
         return {
             "backbone": serialize(self.backbone),
             "preprocessor": serialize(self.preprocessor),
             "name": self.name,
             "trainable": self.trainable,
             "generation_config": dict(self.generation_config),
+            "head_scheme": head.to_config() if head else None,
         }
 
     @classmethod

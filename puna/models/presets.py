@@ -11,15 +11,19 @@ from typing import TYPE_CHECKING, Any
 import keras
 
 from puna.backend import build
-from puna.checkpoint import hub
+from puna.checkpoint import compressed_tensors, hub
 from puna.checkpoint.load import load_weights as fill
+from puna.checkpoint.packed_files import Matrix
+from puna.checkpoint.packed_source import PackedSource, with_scale_dtypes
 from puna.checkpoint.peft_config import CONFIG as ADAPTER_CONFIG
 from puna.checkpoint.peft_config import AdapterConfig
 from puna.checkpoint.preset import Preset
 from puna.checkpoint.readers import is_adapter
 from puna.checkpoint.save import save_directory
+from puna.checkpoint.source import TensorSource
 from puna.config import LlamaConfig
-from puna.errors import PresetError, TokenizerError
+from puna.errors import ConfigError, PresetError, TokenizerError
+from puna.quantization.scheme import Quantization, Recipe
 
 if TYPE_CHECKING:
     from puna.models.backbone import Llama3Backbone
@@ -94,6 +98,7 @@ def load_causal_lm(
     dtype: Any,
     revision: str | None,
     adapter: str | os.PathLike[str] | None,
+    quantization: Quantization | None,
     kwargs: dict[str, Any],
 ) -> Llama3CausalLM:
     """See `CausalLM.from_preset`."""
@@ -101,7 +106,9 @@ def load_causal_lm(
     from puna.models.preprocessor import Llama3CausalLMPreprocessor
 
     opened = open_preset(preset, adapter, weights=load_weights, revision=revision)
-    config = LlamaConfig.from_hf(opened.config)
+    hf, quantized = compressed_tensors.split(opened.config)
+    config = LlamaConfig.from_hf(hf)
+    recipe = _recipe(quantization, quantized, opened)
     preprocessor = kwargs.pop("preprocessor", _UNSET)
 
     def make(policy: Any) -> Llama3CausalLM:
@@ -112,7 +119,7 @@ def load_causal_lm(
         reading = None
         if preprocessor is _UNSET:
             reading = pool.submit(preprocessor_of, Llama3CausalLMPreprocessor, opened, {})
-        model = _load(make, opened, load_weights, dtype, has_head=True)
+        model = _load(make, opened, load_weights, dtype, recipe, has_head=True)
         model.generation_config = opened.generation_config
         model.preprocessor = reading.result() if reading is not None else preprocessor
     if model.preprocessor is not None:
@@ -127,15 +134,18 @@ def load_backbone(
     dtype: Any,
     revision: str | None,
     adapter: str | os.PathLike[str] | None,
+    quantization: Quantization | None,
 ) -> Llama3Backbone:
     """See `Llama3Backbone.from_preset`."""
     opened = open_preset(preset, adapter, weights=load_weights, revision=revision)
-    config = LlamaConfig.from_hf(opened.config)
+    hf, quantized = compressed_tensors.split(opened.config)
+    config = LlamaConfig.from_hf(hf)
+    recipe = _recipe(quantization, quantized, opened)
 
     def make(policy: Any) -> Llama3Backbone:
         return cls(config=config, dtype=policy)
 
-    return _load(make, opened, load_weights, dtype, has_head=False)
+    return _load(make, opened, load_weights, dtype, recipe, has_head=False)
 
 
 def load_tokenizer(
@@ -196,25 +206,82 @@ def save_causal_lm(model: Llama3CausalLM, directory: str | os.PathLike[str], **k
         tokenizer=None if preprocessor is None else preprocessor.tokenizer,
         generation_config=model.generation_config,
         settings=settings,
+        quantized=matrices_of(model),
+        matrices=model.matrices(),
         **kwargs,
     )
 
 
-def _load(make: Any, opened: Preset, load_weights: bool, dtype: Any, *, has_head: bool) -> Any:
+def _recipe(
+    quantization: Quantization | None, quantized: dict[str, Any] | None, opened: Preset
+) -> Recipe | dict[str, Any] | None:
+    """How matrices are to be quantized, or the checkpoint's own `quantization_config`.
+
+    Raises:
+        ConfigError: it is both, or an adapter shall be merged into whole numbers.
+    """
+    if quantized is None:
+        return None if quantization is None else Recipe.parse(quantization)
+    if quantization is not None or opened.adapters:
+        what = f"quantization={quantization!r:.80}" if quantization is not None else "an adapter"
+        raise ConfigError(
+            f"{opened.path} is quantized already, and {what} was given; leave that out, or load "
+            "the full-precision checkpoint with it"
+        )
+    return quantized
+
+
+def _load(
+    make: Any,
+    opened: Preset,
+    load_weights: bool,
+    dtype: Any,
+    recipe: Recipe | dict[str, Any] | None,
+    *,
+    has_head: bool,
+) -> Any:
     """Build without memory, then give each variable its value once."""
-    if not load_weights:
+    if not load_weights and recipe is None:
         return make(_policy(opened, dtype, None))
-    source = opened.tensors()
+    source = opened.tensors() if load_weights else None
     try:
         with build.abstract():
             model = make(_policy(opened, dtype, source))
-        fill(model.tensors(), source, has_head=has_head)
+            layouts = _set_schemes(model, recipe, source)
+        if source is not None:
+            if found := matrices_of(model):
+                is_tied = has_head and "lm_head" not in model.matrices()
+                source = PackedSource(source, found, layouts, is_tied=is_tied)
+            fill(model.tensors(), source, has_head=has_head)
     finally:
-        source.close()
+        if source is not None:
+            source.close()
     for variable in model.variables:  # what no checkpoint holds, such as seeds of dropout
         if not build.is_initialized(variable):
             build.initialize_at_random(variable)
     return model
+
+
+def _set_schemes(
+    model: Any, recipe: Recipe | dict[str, Any] | None, source: TensorSource | None
+) -> dict[str, compressed_tensors.Layout] | None:
+    """Give a model's matrices their form; how the files have them, if they are quantized."""
+    if isinstance(recipe, Recipe):
+        model.set_schemes(recipe.schemes(model.matrices()))
+    if recipe is None or isinstance(recipe, Recipe):
+        return None
+    layouts = compressed_tensors.layouts(recipe, model.matrices())
+    model.set_schemes(with_scale_dtypes(layouts, source))
+    return layouts
+
+
+def matrices_of(model: Any) -> dict[str, Matrix]:
+    """The quantized matrices of a model, as files know them."""
+    layers = model.matrices()
+    return {
+        name: Matrix(layers[name].matrix_shape, scheme)
+        for name, scheme in model.quantization().items()
+    }
 
 
 def _policy(opened: Preset, dtype: Any, source: Any) -> Any:

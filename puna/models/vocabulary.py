@@ -77,8 +77,8 @@ class ResizableVocabulary:
             The new V.
 
         Raises:
-            ConfigError: a number is not a positive whole one, or V is smaller than the
-                tokenizer's vocabulary.
+            ConfigError: a number is not a positive whole one, V is smaller than the tokenizer's
+                vocabulary, or the embedding or head is quantized.
             TokenizerError: `vocabulary_size` is None and the model has no tokenizer.
         """
         model = cast("Llama3CausalLM", self)
@@ -94,6 +94,11 @@ class ResizableVocabulary:
             )
         if model.config.vocab_size == V:
             return V
+        if quantized := {"model.embed_tokens", "lm_head"} & set(model.quantization()):
+            raise ConfigError(
+                f"the vocabulary shall change from {model.config.vocab_size} to {V} rows, and "
+                f"{', '.join(sorted(quantized))} is quantized; change it before quantizing"
+            )
         config = dataclasses.replace(model.config, vocab_size=V)  # raises before anything changes
         embedding = model.backbone.embed_tokens
         _resize_rows(embedding, V)

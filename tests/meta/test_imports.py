@@ -15,6 +15,7 @@ ORDER = [
     "config",
     "samplers",
     "backend",
+    "quantization",
     "layers",
     "text",
     "checkpoint",

@@ -24,7 +24,7 @@ from tests.processes import ROOT, result_of, run
 # What is tested here is the same on every backend, whose own parity is tested elsewhere.
 pytestmark = pytest.mark.backend_free
 
-VERBS = ("chat", "generate", "info", "tokenize", "convert")
+VERBS = ("chat", "generate", "info", "tokenize", "convert", "quantize", "perplexity")
 GREEDY = ("--greedy", "--max-new-tokens", "5")
 
 

@@ -1,0 +1,33 @@
+"""The arrays of a quantized matrix under the names of the variables that hold them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from puna.backend.packed import Packed
+from puna.quantization.scheme import Scheme
+
+# The first two hold the numbers: two to a byte, or int8. The others hold scales and minima.
+PACKED, WEIGHT, SCALE, LOW = "weight_packed", "weight", "weight_scale", "weight_low"
+
+
+def variables(shape: tuple[int, int], scheme: Scheme) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype of each array.
+
+    Args:
+        shape: of the matrix, `(out, in)`.
+        scheme: one that was made to fit; see `Scheme.fit`.
+    """
+    out, in_features = shape
+    scales = (out, in_features // (scheme.group_size or in_features)), scheme.held_scale_dtype
+    if scheme.bits == 4:
+        arrays: dict[str, Any] = {PACKED: ((out, -(-in_features // 2)), "uint8"), SCALE: scales}
+    else:
+        arrays = {WEIGHT: (shape, "int8"), SCALE: scales}
+    return arrays if scheme.symmetric else arrays | {LOW: scales}
+
+
+def arrays_of(packed: Packed) -> dict[str, Any]:
+    """A packed matrix's arrays."""
+    arrays = {PACKED if packed.is_4_bit else WEIGHT: packed.data, SCALE: packed.scale}
+    return arrays if packed.low is None else arrays | {LOW: packed.low}
