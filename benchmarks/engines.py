@@ -7,7 +7,6 @@ imported when its engine is made, in the engine's own process.
 from __future__ import annotations
 
 import abc
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -250,9 +249,3 @@ ENGINES: dict[str, tuple[Callable[[Path, str, int], Engine], str, str]] = {
     "transformers": (Transformers, "transformers", ""),
     "llama.cpp": (_llama_cpp, "llama_cpp", ""),
 }
-
-
-def threads() -> int:
-    """Cores that this process may use."""
-    usable = getattr(os, "sched_getaffinity", None)
-    return len(usable(0)) if usable is not None else os.cpu_count() or 1

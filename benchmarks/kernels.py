@@ -24,9 +24,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from benchmarks.engines import threads
 from puna.backend.kernels.library import KINDS, Matrix, Threads, library, matrix_of
 from puna.cli.bench_run import machine
+from puna.machine import usable_cores
 
 # Name, dtype of the numbers, and the inputs that share a scale.
 WEIGHTS = [
@@ -42,7 +42,7 @@ def main() -> None:
     arguments = _arguments()
     if library() is None:
         sys.exit("the native kernels are not installed, or PUNA_KERNELS=off")
-    results: dict[str, Any] = {"machine": machine(), "threads": threads(), "weights": {}}
+    results: dict[str, Any] = {"machine": machine(), "threads": usable_cores(), "weights": {}}
     print(f"{'weights':24}{'read, GB/s':>12}{'1 row, GB/s':>13}{'share':>8}", end="")
     print(f"{f'{ROWS} rows, GF':>15}{'beside torch':>14}")
     for name, dtype, group in WEIGHTS:
@@ -67,7 +67,7 @@ def measure(dtype: Any, group: int, arguments: argparse.Namespace) -> dict[str, 
     one, many = (rng.standard_normal((n, width)).astype(ml_dtypes.bfloat16) for n in (1, ROWS))
     loaded = library()
     assert loaded is not None
-    crew = ctypes.byref(Threads(None, None, threads()))
+    crew = ctypes.byref(Threads(None, None, usable_cores()))
 
     def read() -> None:
         for copy in copies:
@@ -123,7 +123,7 @@ def _torch_product(x: np.ndarray, weight: np.ndarray) -> Callable[[], Any] | Non
         import torch
     except ImportError:
         return None
-    torch.set_num_threads(threads())
+    torch.set_num_threads(usable_cores())
     dtype = getattr(torch, weight.dtype.name)
     rows, matrix = (torch.from_numpy(a.astype(np.float32)).to(dtype) for a in (x, weight))
     return lambda: rows @ matrix.T

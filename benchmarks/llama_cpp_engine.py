@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.engines import Engine, Rows, threads
+from benchmarks.engines import Engine, Rows
+from puna.machine import usable_cores
 
 BATCH = 512  # tokens that one call takes, llama.cpp's default
 
@@ -29,8 +30,8 @@ class LlamaCpp(Engine):
             n_ctx=self.context,
             n_batch=BATCH,
             # The package's own default is half of the cores.
-            n_threads=threads(),
-            n_threads_batch=threads(),
+            n_threads=usable_cores(),
+            n_threads_batch=usable_cores(),
             verbose=False,
         )
 
@@ -105,7 +106,7 @@ class LlamaCpp(Engine):
             settings.n_ctx = length * rows
             settings.n_batch = settings.n_ubatch = BATCH
             settings.n_seq_max = rows
-            settings.n_threads = settings.n_threads_batch = threads()
+            settings.n_threads = settings.n_threads_batch = usable_cores()
             context = library.llama_init_from_model(self.model.model, settings)
             self._several = (context, library.llama_batch_init(BATCH, 0, 1))
         return self._several

@@ -20,6 +20,11 @@ class Packed(NamedTuple):
         return "uint8" in str(self.data.dtype)
 
     @property
+    def arrays(self) -> tuple[Any, ...]:
+        """Data, scale and, if there is one, low."""
+        return self[:2] if self.low is None else self[:3]
+
+    @property
     def shape(self) -> tuple[int, int]:
         """`(out, in)`."""
         return int(self.data.shape[0]), self.in_features

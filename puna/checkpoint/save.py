@@ -77,9 +77,9 @@ def save_directory(
         PresetError: the directory cannot be written.
     """
     quantized = quantized or {}
-    specs = list(_specs(tensors, quantized))
-    # Numbers and scales of quantized matrices have dtypes of their own.
     owners = _owners(quantized)
+    specs = list(_specs(tensors, quantized, owners))
+    # Numbers and scales of quantized matrices have dtypes of their own.
     dtypes = {variable._dtype for name, variable in tensors.items() if name not in owners}
     dtype = max(dtypes, key=lambda dtype: numpy_dtype(dtype).itemsize)
     stops = list(config.eos_token_ids) if tokenizer is None else list(tokenizer.stop_token_ids)
@@ -101,9 +101,10 @@ def save_directory(
             _write_json(work / SETTINGS_FILE, dict(settings))
 
 
-def _specs(tensors: Mapping[str, Any], quantized: Mapping[str, Matrix]) -> Iterator[TensorSpec]:
+def _specs(
+    tensors: Mapping[str, Any], quantized: Mapping[str, Matrix], owners: Mapping[str, str]
+) -> Iterator[TensorSpec]:
     """The tensors to write; those of a quantized matrix together, in the place of the first."""
-    owners = _owners(quantized)
     written: set[str] = set()
     for name, variable in tensors.items():
         owner = owners.get(name)

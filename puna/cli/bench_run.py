@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import math
-import os
 import platform
 import statistics
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from puna.errors import ContextLengthError
+from puna.machine import usable_cores
 
 if TYPE_CHECKING:
     from puna.cli.options import Loading
@@ -204,9 +204,8 @@ def machine() -> dict[str, Any]:
         lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
         names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
         cpu = names[0] if names else cpu
-    usable = getattr(os, "sched_getaffinity", None)
-    cores = len(usable(0)) if usable is not None else os.cpu_count()
-    return {"cpu": cpu, "cores": cores, "system": f"{platform.system()} {platform.release()}"}
+    system = f"{platform.system()} {platform.release()}"
+    return {"cpu": cpu, "cores": usable_cores(), "system": system}
 
 
 def _status(field: str) -> int | None:

@@ -8,14 +8,14 @@ import functools
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from puna.checkpoint import compressed_tensors
+from puna.checkpoint import compressed_tensors, hub
 from puna.checkpoint.preset import SETTINGS_FILE, Preset
 from puna.checkpoint.safetensors import TensorSpec, write_sharded
 from puna.checkpoint.source import TensorSource
@@ -28,6 +28,25 @@ from puna.quantization.scheme import Recipe, Scheme
 from puna.text.tokenizer import Tokenizer
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def convert_preset(
+    preset: str,
+    directory: Path,
+    dtype: str | None,
+    *,
+    adapter: str | None,
+    revision: str | None,
+    recipe: Recipe | None = None,
+) -> None:
+    """What `puna convert` and `puna quantize` do: fetch, write, and tell what was written."""
+    path = hub.locate(preset, revision=revision)
+    adapters = [] if adapter is None else [hub.locate(adapter)]
+    with terminal.waiting(f"Writing {directory}"):
+        files, size = write_hf(Preset(path, adapters), directory, dtype, recipe)
+    plural = "s" if files > 1 else ""
+    terminal.note(f"wrote {files} weight file{plural}, {size:,} bytes, to {directory}")
+    print(directory)
 
 
 def write_hf(
@@ -63,12 +82,16 @@ def write_hf(
         tokenizer = _tokenizer(opened)
         stream = _Stream(source, target)
         names = [n.removesuffix(".weight") for n, s in expected_shapes(config).items() if s[1:]]
-        schemes = {} if recipe is None else recipe.schemes(dict.fromkeys(names))
+        chosen = {} if recipe is None else recipe.schemes(dict.fromkeys(names))
+        schemes = {
+            n: scheme.fit(source.info(stored[f"{n}.weight"]).shape[1], dtype)
+            for n, scheme in chosen.items()
+        }
         specs: list[TensorSpec] = []
         for name, theirs in stored.items():
             shape = source.info(theirs).shape
             if scheme := schemes.get(name.removesuffix(".weight")):
-                specs += _quantized(stream, name, theirs, scheme.fit(shape[1], dtype))
+                specs += _quantized(stream, name, theirs, scheme)
             else:
                 specs.append(
                     TensorSpec(name, shape, target, functools.partial(stream.read, theirs))
@@ -79,8 +102,7 @@ def write_hf(
                 tokenizer.save(work)
             said = config.to_hf() | {"dtype": dtype, "torch_dtype": dtype}
             if schemes:
-                fitted = {n: s.fit(_width(source, stored, n), dtype) for n, s in schemes.items()}
-                said[compressed_tensors.KEY] = compressed_tensors.to_config(fitted, names)
+                said[compressed_tensors.KEY] = compressed_tensors.to_config(schemes, names)
             _write_json(work / "config.json", said)
             _write_json(work / "generation_config.json", _generation(opened, config, tokenizer))
             if opened.settings:
@@ -152,11 +174,6 @@ def _check_tied(source: TensorSource, embedding: str) -> None:
             f"config.json says tie_word_embeddings, but {_HEAD} differs from {_EMBEDDING}; set it "
             "to false there if the head is its own"
         )
-
-
-def _width(source: TensorSource, stored: Mapping[str, str], name: str) -> int:
-    """The inputs of a matrix."""
-    return source.info(stored[f"{name}.weight"]).shape[1]
 
 
 class _Stream:

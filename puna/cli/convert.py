@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from puna.cli import terminal
+from puna.cli.options import Out, Revision
 
 EXAMPLES = (
     "puna convert SmolLM2.Q4_1.gguf --to hf --out ./smollm2",
@@ -26,16 +25,7 @@ def convert(
         ),
     ],
     *,
-    out: Annotated[
-        Path,
-        typer.Option(
-            "--out",
-            "-o",
-            metavar="DIR",
-            help="The directory to write; it must be empty or not there yet.",
-            show_default=False,
-        ),
-    ],
+    out: Out,
     to: Annotated[Literal["hf"], typer.Option(help="The format to write.")] = "hf",
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
@@ -52,9 +42,7 @@ def convert(
             help="A PEFT adapter (a directory, or hf://org/name) to merge into the weights.",
         ),
     ] = None,
-    revision: Annotated[
-        str | None, typer.Option(help="A branch, tag or commit of the Hub.")
-    ] = None,
+    revision: Revision = None,
 ) -> None:
     """Write a checkpoint as a Hugging Face directory.
 
@@ -62,13 +50,6 @@ def convert(
     memory at a time. DIR appears when all of it is written, or not at all.
     """
     del to  # there is one so far
-    from puna.checkpoint import hub
-    from puna.checkpoint.preset import Preset
-    from puna.cli.conversion import write_hf
+    from puna.cli.conversion import convert_preset
 
-    path = hub.locate(source, revision=revision)
-    adapters = [] if adapter is None else [hub.locate(adapter)]
-    with terminal.waiting(f"Writing {out}"):
-        files, size = write_hf(Preset(path, adapters), out, dtype)
-    terminal.note(f"wrote {files} weight file{'s' if files > 1 else ''}, {size:,} bytes, to {out}")
-    print(out)
+    convert_preset(source, out, dtype, adapter=adapter, revision=revision)

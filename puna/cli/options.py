@@ -8,6 +8,7 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
@@ -27,6 +28,17 @@ Preset = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Out = Annotated[
+    Path,
+    typer.Option(
+        "--out",
+        "-o",
+        metavar="DIR",
+        help="The directory to write; it must be empty or not there yet.",
+        show_default=False,
+    ),
+]
+Revision = Annotated[str | None, typer.Option(help="A branch, tag or commit of the Hub.")]
 
 _SAMPLING, _LOADING = "Sampling", "Loading"
 

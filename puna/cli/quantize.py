@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from puna.cli import terminal
-from puna.cli.options import Preset
+from puna.cli.options import Out, Preset, Revision
 
 EXAMPLES = (
     "puna quantize ./my-llama --scheme int4 --out ./my-llama-int4",
@@ -19,16 +17,7 @@ EXAMPLES = (
 def quantize(
     preset: Preset,
     *,
-    out: Annotated[
-        Path,
-        typer.Option(
-            "--out",
-            "-o",
-            metavar="DIR",
-            help="The directory to write; it must be empty or not there yet.",
-            show_default=False,
-        ),
-    ],
+    out: Out,
     scheme: Annotated[
         Literal["int4", "int8"],
         typer.Option(help="4 bits in groups of 32 inputs, or 8 bits with a scale for each row."),
@@ -67,26 +56,17 @@ def quantize(
             help="A PEFT adapter (a directory, or hf://org/name) to merge into the weights first.",
         ),
     ] = None,
-    revision: Annotated[
-        str | None, typer.Option(help="A branch, tag or commit of the Hub.")
-    ] = None,
+    revision: Revision = None,
 ) -> None:
     """Write a checkpoint with quantized matrices, in the compressed-tensors format.
 
     Any format that is read goes into it. One matrix is in memory at a time. What transformers shall
     open needs --keep embed_tokens. DIR appears when all of it is written, or not at all.
     """
-    from puna.checkpoint import hub
-    from puna.checkpoint.preset import Preset as Opened
-    from puna.cli.conversion import write_hf
+    from puna.cli.conversion import convert_preset
     from puna.quantization.scheme import Recipe, Scheme
 
     changes = {} if group_size is None else {"group_size": group_size or None}
     chosen = Scheme.parse(scheme, symmetric=not minima, **changes)
     recipe = Recipe(default=chosen, overrides=dict.fromkeys(keep or ()))
-    path = hub.locate(preset, revision=revision)
-    adapters = [] if adapter is None else [hub.locate(adapter)]
-    with terminal.waiting(f"Writing {out}"):
-        files, size = write_hf(Opened(path, adapters), out, dtype, recipe)
-    terminal.note(f"wrote {files} weight file{'s' if files > 1 else ''}, {size:,} bytes, to {out}")
-    print(out)
+    convert_preset(preset, out, dtype, adapter=adapter, revision=revision, recipe=recipe)

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[2] / "puna"
 
 ORDER = [
     "errors",
+    "machine",
     "rope",
     "config",
     "samplers",

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from puna import backend
 from puna.checkpoint import compressed_tensors
 from puna.errors import ConfigError, PresetError
 from puna.models import CausalLM, Llama3Backbone
 from puna.quantization.rounding import dequantize, quantize
 from puna.quantization.scheme import Scheme
 from puna.testing import tiny_model
+from tests.weights import array, assert_same
 
 IDS = np.array([[300, 5, 261, 17, 3, 0, 44, 259]], np.int32)
 SHAPE = {"hidden_size": 64, "intermediate_size": 96}
@@ -31,18 +31,6 @@ WAYS = {
     "float16 scales": {"config": Scheme(bits=4, group_size=32, scale_dtype="float16")},
 }
 each_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
-
-
-def array(variable):
-    return np.array(backend.ops.to_numpy(variable))
-
-
-def assert_same(model, other):
-    ours, theirs = model.tensors(), other.tensors()
-    assert sorted(ours) == sorted(theirs)
-    for name, variable in ours.items():
-        assert variable.dtype == theirs[name].dtype
-        np.testing.assert_array_equal(array(variable), array(theirs[name]), err_msg=name)
 
 
 def logits(model):

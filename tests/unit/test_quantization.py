@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 import puna
-from puna import backend
 from puna.backend.packed import Packed
 from puna.errors import ConfigError, PresetError
 from puna.models import CausalLM, Llama3Backbone
 from puna.quantization.rounding import dequantize, quantize, unpacked
 from puna.quantization.scheme import Recipe, Scheme
 from puna.testing import tiny_model
+from tests.weights import array, assert_same
 
 IDS = np.array([[300, 5, 261, 17, 3, 0, 44, 259]], np.int32)
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "attention_bias": True}
@@ -32,23 +32,12 @@ def gaussian(shape, dtype="float32", seed=0):
     return numbers.astype(getattr(ml_dtypes, dtype, dtype))
 
 
-def array(variable):
-    return None if variable is None else np.array(backend.ops.to_numpy(variable))
-
-
 def packed_of(layer):
     held = layer.matrix()
     numbers = layer.weight if layer.weight_packed is None else layer.weight_packed
-    arrays = (array(numbers), array(layer.weight_scale), array(layer.weight_low))
-    return Packed(*arrays, held.in_features, held.group)
-
-
-def assert_same(model, other):
-    ours, theirs = model.tensors(), other.tensors()
-    assert sorted(ours) == sorted(theirs)
-    for name, variable in ours.items():
-        assert variable.dtype == theirs[name].dtype
-        np.testing.assert_array_equal(array(variable), array(theirs[name]), err_msg=name)
+    arrays = (array(numbers), array(layer.weight_scale))
+    low = None if layer.weight_low is None else array(layer.weight_low)
+    return Packed(*arrays, low, held.in_features, held.group)
 
 
 def logits(model):

@@ -72,10 +72,7 @@ def gated(x: Tensor, gate: Weight, up: Weight, out_dtype: str) -> Tensor:
 
 
 def _arrays(weight: Weight) -> Arrays:
-    if not isinstance(weight, Packed):
-        return (weight,)
-    arrays = (weight.data, weight.scale)
-    return arrays if weight.low is None else (*arrays, weight.low)
+    return weight.arrays if isinstance(weight, Packed) else (weight,)
 
 
 def _call(x: Tensor, weight: Weight, out_dtype: str) -> _Call:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
 import threading
 from collections.abc import Iterator, Sequence
 
@@ -20,6 +19,7 @@ from puna.backend.memory import numpy_dtype
 from puna.backend.packed import Packed
 from puna.backend.protocol import Tensor
 from puna.errors import BackendError
+from puna.machine import usable_cores
 
 _tracing = threading.local()
 
@@ -66,9 +66,7 @@ def linears(
     dtype = numpy_dtype(out_dtype)
     first, width = weights[0], int(x.shape[-1])
     group = first.group if isinstance(first, Packed) else width
-    arrays = [
-        a for w in weights for a in (w[:3] if isinstance(w, Packed) else (w,)) if a is not None
-    ]
+    arrays = [a for w in weights for a in (w.arrays if isinstance(w, Packed) else (w,))]
     parts = len(arrays) // len(weights)
 
     def call(x: np.ndarray, *arrays: np.ndarray) -> list[np.ndarray]:
@@ -87,7 +85,7 @@ def _run(
     loaded = library()
     assert loaded is not None
     pointers = (ctypes.c_void_p * len(results))(*(y.ctypes.data for y in results))
-    threads = tf.config.threading.get_intra_op_parallelism_threads() or _cores()
+    threads = tf.config.threading.get_intra_op_parallelism_threads() or usable_cores()
     why = loaded.puna_linear(
         ctypes.byref(Threads(None, None, threads)), x.ctypes.data, KINDS[x.dtype.name],
         x.size // x.shape[-1], (Matrix * len(matrices))(*matrices), len(matrices), pointers,
@@ -95,8 +93,3 @@ def _run(
     )  # fmt: skip
     if why is not None:
         raise BackendError(why.decode())
-
-
-def _cores() -> int:
-    usable_cores = getattr(os, "sched_getaffinity", None)
-    return len(usable_cores(0)) if usable_cores is not None else os.cpu_count() or 1
