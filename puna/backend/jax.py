@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
+from puna.backend import generic
 from puna.backend.generic import (
     attention,
     dequantize,
@@ -148,10 +149,12 @@ def call_block(
 ) -> tuple[Tensor, Any]:
     """See `BackendOps.call_block`: a step of 30 blocks is traced and lowered as one of one."""
     blocks = _tracing.blocks
+    if blocks is None:
+        return generic.call_block(block, like, x_BTD, rotary, cache, place)
     variables, others = block.variables, like.variables
     form, form_of_like = ([(v.name, v.shape, v.dtype) for v in vs] for vs in (variables, others))
-    if blocks is None or form != form_of_like:
-        return block.call(x_BTD, rotary, place.mask_B1TS, cache, place)
+    if form != form_of_like:
+        return generic.call_block(block, like, x_BTD, rotary, cache, place)
     if like not in blocks:
 
         def run(weights, x_BTD, rotary, cache, write, mask_B1TS, start_B):

@@ -173,9 +173,7 @@ def compile_step(
         leaves = tf.nest.flatten(args)
         key = tuple(leaf if leaf is None else (*leaf.shape, leaf.dtype) for leaf in leaves)
         if key not in compiled:
-            compiled[key] = tf.function(function, autograph=False)
-            with tensorflow_calls.allowed():  # it is traced at its first call
-                return compiled[key](*args)
+            compiled[key] = tf.function(tensorflow_calls.allowed()(function), autograph=False)
         return compiled[key](*args)
 
     return step

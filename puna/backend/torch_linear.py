@@ -48,8 +48,8 @@ def linears(
 ) -> tuple[torch.Tensor, ...]:
     """See `BackendOps.linears`; on a CPU by native kernels."""
     dtype, x = getattr(torch, out_dtype), _like_weight(x, weights[0])
-    if torch_calls.usable(x, weights, dtype):
-        return torch_calls.linears(x, weights, dtype)
+    if (results := torch_calls.linears(x, weights, dtype)) is not None:
+        return results
     return tuple(_linear(x, weight, dtype) for weight in weights)
 
 
@@ -58,8 +58,8 @@ def gated(
 ) -> torch.Tensor:
     """See `BackendOps.gated`; on a CPU by a native kernel."""
     dtype, x = getattr(torch, out_dtype), _like_weight(x, gate)
-    if torch_calls.usable(x, (gate, up), dtype):
-        return torch_calls.gated(x, gate, up, dtype)
+    if (result := torch_calls.gated(x, gate, up, dtype)) is not None:
+        return result
     return functional.silu(_linear(x, gate, dtype)) * _linear(x, up, dtype)
 
 

@@ -235,12 +235,10 @@ def gradients(x, matrix):
     if backend.name == "jax":
         import jax
 
-        found = (
-            jax.jit(jax.grad(loss, argnums=0 if packed else (0, 1)), static_argnums=())(x, matrix)
-            if not packed
-            else jax.jit(jax.grad(lambda x: loss(x, matrix)))(x)
-        )
-        found = (found, None) if packed else found
+        if packed:
+            found = jax.jit(jax.grad(lambda x: loss(x, matrix)))(x), None
+        else:
+            found = jax.jit(jax.grad(loss, argnums=(0, 1)))(x, matrix)
     elif backend.name == "torch":
         import torch
 

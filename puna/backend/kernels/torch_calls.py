@@ -28,18 +28,12 @@ class _Prepared(NamedTuple):
     out_features: tuple[int, ...]
 
 
-def usable(
-    x: torch.Tensor, weights: Sequence[torch.Tensor | Packed], out_dtype: torch.dtype
-) -> bool:
-    """Whether the kernels take this product; a program that torch compiles cannot look inside."""
+def _takes(*tensors: torch.Tensor) -> bool:
+    """Whether kernels can look at these; not inside a program that torch compiles."""
     return (
-        x.is_cpu
-        and x.dtype in _FLOATS
-        and out_dtype in _FLOATS
+        all(tensor.is_cpu and tensor.dtype in _FLOATS for tensor in tensors)
         and library() is not None
         and not torch.compiler.is_compiling()
-        and not torch._C._functorch.peek_interpreter_stack()  # type: ignore[attr-defined]
-        and _prepare(weights) is not None
     )
 
 
@@ -61,10 +55,7 @@ def _prepare(weights: Sequence[torch.Tensor | Packed]) -> _Prepared | None:
 
 
 def _arrays(weight: torch.Tensor | Packed) -> tuple[torch.Tensor, ...]:
-    if not isinstance(weight, Packed):
-        return (weight,)
-    arrays = (weight.data, weight.scale)
-    return arrays if weight.low is None else (*arrays, weight.low)
+    return weight.arrays if isinstance(weight, Packed) else (weight,)
 
 
 def _kind(weight: torch.Tensor | Packed) -> tuple[torch.dtype, int, bool] | None:
@@ -78,11 +69,13 @@ def _kind(weight: torch.Tensor | Packed) -> tuple[torch.dtype, int, bool] | None
 
 def linears(
     x: torch.Tensor, weights: Sequence[torch.Tensor | Packed], out_dtype: torch.dtype
-) -> tuple[torch.Tensor, ...]:
-    """`x` [..., in] times the transpose of each weight [out, in]."""
+) -> tuple[torch.Tensor, ...] | None:
+    """`x` [..., in] times the transpose of each weight [out, in]; None where torch shall do it."""
+    if (prepared := _usable(x, weights, out_dtype)) is None:
+        return None
     if _wants_gradients(x, *weights):
         return tuple(_apply(x, weight, out_dtype) for weight in weights)
-    return _call(x, weights, out_dtype)
+    return _call(x, prepared, out_dtype)
 
 
 def gated(
@@ -90,12 +83,25 @@ def gated(
     gate: torch.Tensor | Packed,
     up: torch.Tensor | Packed,
     out_dtype: torch.dtype,
-) -> torch.Tensor:
-    """`silu(x · gate) · (x · up)`, in one call where no gradient is wanted."""
+) -> torch.Tensor | None:
+    """`silu(x · gate) · (x · up)`, in one call where no gradient is wanted; else as `linears`."""
+    if (prepared := _usable(x, (gate, up), out_dtype)) is None:
+        return None
     if _wants_gradients(x, gate, up):
-        gate_out, up_out = linears(x, (gate, up), out_dtype)
+        gate_out, up_out = (_apply(x, weight, out_dtype) for weight in (gate, up))
         return torch.nn.functional.silu(gate_out) * up_out
-    return _call(x, (gate, up), out_dtype, gated=1)[0]
+    return _call(x, prepared, out_dtype, gated=True)[0]
+
+
+def _usable(
+    x: torch.Tensor, weights: Sequence[torch.Tensor | Packed], out_dtype: torch.dtype
+) -> _Prepared | None:
+    """The weights for a call, where the kernels take this product."""
+    if (
+        out_dtype not in _FLOATS or not _takes(x) or torch._C._functorch.peek_interpreter_stack()  # type: ignore[attr-defined]
+    ):
+        return None
+    return _prepare(weights)
 
 
 def _wants_gradients(*tensors: torch.Tensor | Packed) -> bool:
@@ -114,7 +120,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, out_dtype: torch.dtype):
         ctx.save_for_backward(x, weight)
-        return _call(x, (weight,), out_dtype)[0]
+        return _alone(x, weight, out_dtype)
 
     @staticmethod
     def backward(ctx: Any, *changes: torch.Tensor):
@@ -134,30 +140,32 @@ class _PackedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: Packed, out_dtype: torch.dtype):
         ctx.weight, ctx.dtype = weight, x.dtype
-        return _call(x, (weight,), out_dtype)[0]
+        return _alone(x, weight, out_dtype)
 
     @staticmethod
     def backward(ctx: Any, *changes: torch.Tensor):
         return _transposed(changes[0].contiguous(), ctx.weight, ctx.dtype), None, None
 
 
+def _alone(x: torch.Tensor, weight: torch.Tensor | Packed, out_dtype: torch.dtype) -> torch.Tensor:
+    prepared = _prepare((weight,))
+    assert prepared is not None  # `_usable` has seen it
+    return _call(x, prepared, out_dtype)[0]
+
+
 def _call(
-    x: torch.Tensor,
-    weights: Sequence[torch.Tensor | Packed],
-    out_dtype: torch.dtype,
-    gated: int = 0,
+    x: torch.Tensor, prepared: _Prepared, out_dtype: torch.dtype, gated: bool = False
 ) -> tuple[torch.Tensor, ...]:
-    loaded, prepared = library(), _prepare(weights)
+    loaded = library()
     assert loaded is not None
-    assert prepared is not None
     x = x.contiguous()
     width, leading = x.shape[-1], x.shape[:-1]
     outs = prepared.out_features[:1] if gated else prepared.out_features
     results = tuple([torch.empty((*leading, out), dtype=out_dtype) for out in outs])
+    pointers = _POINTERS[len(outs)](*[y.data_ptr() for y in results])
     why = loaded.puna_linear(
         _threads(torch.get_num_threads()), x.data_ptr(), _KINDS[x.dtype], x.numel() // width,
-        prepared.matrices, len(weights), _POINTERS[len(outs)](*[y.data_ptr() for y in results]),
-        _KINDS[out_dtype], gated,
+        prepared.matrices, len(prepared.matrices), pointers, _KINDS[out_dtype], gated,
     )  # fmt: skip
     if why is not None:
         raise BackendError(why.decode())
@@ -199,12 +207,9 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Ten
     """See `BackendOps.rms_norm`; None where torch shall do it."""
     if (
         x.numel() > _MOST_NUMBERS
-        or not x.is_cpu
-        or x.dtype not in _FLOATS
-        or weight.dtype not in _FLOATS
+        or not _takes(x, weight)
         or not x.is_contiguous()
         or (loaded := library()) is None
-        or torch.compiler.is_compiling()
         or _wants_gradients(x, weight)
     ):
         return None
@@ -231,12 +236,9 @@ def attend(
     B, T, features = query.shape
     if (
         T > _MOST_TOKENS
-        or not query.is_cpu
-        or query.dtype not in _FLOATS
-        or keys.dtype not in _FLOATS
+        or not _takes(query, keys)
         or keys.shape[3] % 16
         or (loaded := library()) is None
-        or torch.compiler.is_compiling()
         or _wants_gradients(*projected)
     ):
         return None
@@ -258,7 +260,7 @@ def attend(
 
 @functools.cache
 def _threads(count: int) -> Any:
-    """Torch's own threads, where they are GNU OpenMP's; others of ours would fight them."""
+    """A pointer to torch's own threads, where they are GNU OpenMP's: others would fight them."""
     loaded = library()
     assert loaded is not None
     for folder in (

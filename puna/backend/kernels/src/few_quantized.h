@@ -2,9 +2,9 @@
 //
 // Each block of 32 inputs becomes 16-bit whole numbers with a scale of its own, so nothing is lost
 // that bfloat16 would keep; of float32 inputs, what is left over becomes a second such row, whose
-// result is added. The products of a block and their sum are exact. Then the block's
-// sum is a float, times the weights' scale and the inputs'. What is added to every weight of a
-// group is multiplied once, by the sum of the group's inputs.
+// result is added. The products of a block and their sum are exact. Then the block's sum is a
+// float, times the weights' scale and the inputs'. What is added to every weight of a group is
+// multiplied once, by the sum of the group's inputs.
 
 #ifndef PUNA_FEW_QUANTIZED_H_
 #define PUNA_FEW_QUANTIZED_H_
@@ -23,7 +23,7 @@ constexpr int64_t kSegment = 256;    // blocks whose scales are prepared togethe
 PUNA_INLINE int64_t groups_of(const PunaMatrix& m) { return (m.in + m.group - 1) / m.group; }
 
 // A row of x, in floats: the whole numbers, two to a float; a scale for each block; the sum of each
-// group; and the inputs beyond the last whole block, as they are.
+// group, for minima; and the inputs beyond the last whole block, as they are.
 struct QuantizedLayout {
   int64_t blocks, scales, sums, tail, row;
   explicit QuantizedLayout(const PunaMatrix& m) {
@@ -62,7 +62,7 @@ inline void prepare_quantized(const PunaMatrix& m, const void* x, int32_t x_kind
       for (int i = 0; i < kBlock; ++i)
         rest[b * kBlock + i] = scale == scale ? block[i] - scale * float(numbers[i]) : 0.0f;
     to[layout.scales + b] = scale;
-    to[layout.sums + b * kBlock / m.group] += sum;
+    if (m.low != nullptr) to[layout.sums + b * kBlock / m.group] += sum;
   }
   for (int64_t k = layout.blocks * kBlock; k < m.in; ++k) {
     float value = read_float(x, x_kind, row * m.in + k);

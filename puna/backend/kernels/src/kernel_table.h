@@ -29,7 +29,7 @@ struct KernelTable {
   // As `few`, with the results transposed: y [end - begin, tiles * tile].
   void (*many)(const PunaMatrix& m, const float* scratch, int64_t rows, int64_t begin, int64_t end,
                float* y);
-  // x [end - begin, tiles * tile] for inputs [begin, end), from y packed by `many_pack_back`.
+  // x [end - begin, tiles * tile] for inputs [begin, end), from y packed by `back_pack`.
   int64_t (*back_scratch)(const PunaMatrix& m, int64_t rows);
   void (*back_pack)(const PunaMatrix& m, const void* y, int32_t y_kind, int64_t rows,
                     int64_t which, float* scratch);

@@ -14,12 +14,6 @@ namespace {
 // Helpers spin for about this long before they sleep: the next product of a token comes soon.
 constexpr int kSpins = 2000;
 
-void pause() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#endif
-}
-
 class Pool {
  public:
   explicit Pool(int helpers) : size_(helpers), process_(getpid()) {

@@ -11,6 +11,13 @@
 
 namespace puna {
 
+// Waits a little, where another thread is about to be done.
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
 // Threads of our own, for a caller that has none to lend. Busy with another call, they are not
 // waited for: the caller works alone.
 void run_own(void* context, int helpers, void (*task)(void*), void* data);

@@ -84,8 +84,7 @@ PUNA_INLINE int64_t interleaved(int64_t i) {
   return i - within + within % kLanes * 2 + within / kLanes;
 }
 
-// What is added to a quantized weight after scaling, where the matrix does not say: a 4-bit weight
-// stands for q - 8.
+// What is added to a weight's number before scaling: without minima, 4 bits stand for q - 8.
 PUNA_INLINE float centre(const PunaMatrix& m) {
   return m.kind == PUNA_U4 && m.low == nullptr ? -8.0f : 0.0f;
 }

@@ -7,6 +7,7 @@
 #include <memory>
 
 #include "kernels.h"
+#include "threads.h"
 #include "xla_ffi.h"
 
 namespace puna::xla {
@@ -61,11 +62,7 @@ void run_on_xla(void* context, int helpers, void (*task)(void*), void* data) {
   // All pieces are taken. Who has one is waited for; who comes from here on must not look.
   shared->over.store(true);
   shared->inside.fetch_sub(1);
-  while (shared->inside.load() > 0) {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#endif
-  }
+  while (shared->inside.load() > 0) pause();
 }
 
 PunaThreads threads_of(const CallFrame* frame) {
