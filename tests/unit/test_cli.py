@@ -111,7 +111,7 @@ def test_wrong_usage_is_exit_code_2(arguments):
 def test_a_preset_that_is_not_there_is_one_line_and_exit_code_1(verb, tmp_path):
     (text := tmp_path / "text.txt").write_text("Hi")
     more = {"generate": ["Hi"], "tokenize": ["Hi"], "perplexity": ["--text", text]}
-    more |= dict.fromkeys(("convert", "quantize"), ["--out", tmp_path / "out"])
+    more |= {name: ["--out", tmp_path / "out"] for name in ("convert", "quantize")}
     assert "there is no preset" in error_of(puna(verb, tmp_path / "none", *more.get(verb, [])))
 
 
