@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from keras import ops
 
 from puna.backend.packed import Packed
-from puna.backend.protocol import Place, Tensor
+from puna.backend.protocol import BlockWeights, Place, Tensor
 
 
 def value(variable: Any, dtype: str | None = None) -> Tensor:
@@ -103,6 +103,18 @@ def call_block(
     """See `BackendOps.call_block`."""
     del like
     return block.call(x_BTD, rotary, place.mask_B1TS, cache, place)
+
+
+def call_blocks(
+    blocks: Sequence[BlockWeights],
+    epsilon: float,
+    x_BTD: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    cache: Sequence[tuple[Tensor, Tensor]],
+    place: Place,
+) -> None:
+    """See `BackendOps.call_blocks`: there is no such call."""
+    del blocks, epsilon, x_BTD, rotary, cache, place
 
 
 def attention(

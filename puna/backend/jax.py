@@ -28,19 +28,21 @@ from puna.backend.generic import (
     while_loop,
 )
 from puna.backend.kernels import jax_calls
+from puna.backend.kernels.library import FEW_TOKENS
 from puna.backend.memory import ALIGNMENT, aligned_copy, aligned_zeros, is_aligned, numpy_dtype
 from puna.backend.packed import Packed
-from puna.backend.protocol import Place, Tensor
+from puna.backend.protocol import BlockWeights, Place, Tensor
 
 __all__ = [
     "aliases", "attend", "attention", "cache_dtype", "cache_read", "cache_write", "call_block",
-    "compile_step", "embed", "gated", "initialize", "linear", "linears", "merge_heads", "place",
-    "prepare", "rms_norm", "rotate", "silu", "split_heads", "to_numpy", "value", "while_loop",
+    "call_blocks", "compile_step", "embed", "gated", "initialize", "linear", "linears",
+    "merge_heads", "place", "prepare", "rms_norm", "rotate", "silu", "split_heads", "to_numpy", "value", "while_loop",
 ]  # fmt: skip
 
 
 TOKENS_PER_CALL = 8
 RUNS_AHEAD = True
+BLOCKS_CALL_TOKENS = FEW_TOKENS
 
 
 def linear(x: Tensor, weight: Tensor | Packed, out_dtype: str) -> Tensor:
@@ -166,6 +168,20 @@ def call_block(
         blocks[like] = jax.jit(run)
     weights = [variable.value for variable in variables]
     return blocks[like](weights, x_BTD, rotary, cache, place.write, place.mask_B1TS, place.start_B)
+
+
+def call_blocks(
+    blocks: Sequence[BlockWeights],
+    epsilon: float,
+    x_BTD: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    cache: Sequence[tuple[Tensor, Tensor]],
+    place: Place,
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]] | None:
+    """See `BackendOps.call_blocks`; in place where the cache was donated."""
+    if not jax_calls.takes_blocks(blocks, x_BTD, cache):
+        return None
+    return jax_calls.call_blocks(blocks, epsilon, x_BTD, rotary, cache, place.start_B)
 
 
 def cache_dtype(compute_dtype: str, wanted: str | None = None) -> str:

@@ -21,6 +21,30 @@ class Place(NamedTuple):
     start_B: Tensor  # int32, where each row's new tokens begin
 
 
+class BlockWeights(NamedTuple):
+    """All that a plain block computes with; matrices are `(out, in)`."""
+
+    attention_norm: Tensor
+    mlp_norm: Tensor
+    query: Tensor | Packed
+    key: Tensor | Packed
+    value: Tensor | Packed
+    out: Tensor | Packed
+    gate: Tensor | Packed
+    up: Tensor | Packed
+    down: Tensor | Packed
+
+    @property
+    def norms(self) -> tuple[Tensor, Tensor]:
+        """The two norms' weights [D]."""
+        return self[:2]
+
+    @property
+    def matrices(self) -> tuple[Tensor | Packed, ...]:
+        """The seven matrices."""
+        return self[2:]
+
+
 class BackendOps(Protocol):
     """The functions of `puna.backend.jax`, `.torch` and `.tensorflow`."""
 
@@ -28,6 +52,9 @@ class BackendOps(Protocol):
     # made, so that the next call can be under way while the host reads.
     TOKENS_PER_CALL: int
     RUNS_AHEAD: bool
+
+    # How many new tokens, of all rows, `call_blocks` takes at most.
+    BLOCKS_CALL_TOKENS: int
 
     def value(self, variable: Any, dtype: str | None = None) -> Tensor:
         """What a Keras variable holds now, in its own dtype or in another."""
@@ -137,6 +164,30 @@ class BackendOps(Protocol):
         """`block.call(...)` in a compiled step.
 
         Where `like` is a block of the same form, a backend may trace that one for both.
+        """
+        ...
+
+    def call_blocks(
+        self,
+        blocks: Sequence[BlockWeights],
+        epsilon: float,
+        x_BTD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        cache: Sequence[tuple[Tensor, Tensor]],
+        place: Place,
+    ) -> tuple[Tensor, Sequence[tuple[Tensor, Tensor]]] | None:
+        """A few new tokens through all blocks in one native call, or None where there is none.
+
+        Args:
+            blocks: what each computes with.
+            epsilon: the norms'.
+            x_BTD: what goes into the first block.
+            rotary: what `rotate` takes.
+            cache: of each block keys and values [B, K, S, H]; they must not be used afterwards.
+            place: where the tokens stand.
+
+        Returns:
+            What comes out of the last block, and the caches with the new keys and values in them.
         """
         ...
 

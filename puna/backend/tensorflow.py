@@ -11,6 +11,7 @@ import tensorflow as tf
 from puna.backend.generic import (
     attention,
     call_block,
+    call_blocks,
     dequantize,
     embed_packed,
     merge_heads,
@@ -29,13 +30,14 @@ from puna.backend.protocol import Place, Tensor
 
 __all__ = [
     "aliases", "attend", "attention", "cache_dtype", "cache_read", "cache_write", "call_block",
-    "compile_step", "embed", "gated", "initialize", "linear", "linears", "merge_heads", "place",
-    "prepare", "rms_norm", "rotate", "silu", "split_heads", "to_numpy", "value", "while_loop",
+    "call_blocks", "compile_step", "embed", "gated", "initialize", "linear", "linears",
+    "merge_heads", "place", "prepare", "rms_norm", "rotate", "silu", "split_heads", "to_numpy", "value", "while_loop",
 ]  # fmt: skip
 
 
 TOKENS_PER_CALL = 8
 RUNS_AHEAD = False
+BLOCKS_CALL_TOKENS = 0
 
 
 def linear(x: Tensor, weight: Tensor | Packed, out_dtype: str) -> Tensor:

@@ -15,14 +15,15 @@ from torch.nn import functional
 from puna.backend import generic
 from puna.backend.generic import call_block
 from puna.backend.kernels import torch_calls
+from puna.backend.kernels.library import FEW_TOKENS
 from puna.backend.memory import aligned_copy
 from puna.backend.packed import Packed
-from puna.backend.protocol import Place, Tensor
+from puna.backend.protocol import BlockWeights, Place, Tensor
 from puna.backend.torch_linear import gated, linear, linears, multiplies_slowly
 
 __all__ = [
-    "aliases", "attend", "attention", "cache_dtype", "cache_write", "call_block", "compile_step",
-    "embed", "gated", "gather_rows", "initialize", "linear", "linears", "merge_heads", "place",
+    "aliases", "attend", "attention", "cache_dtype", "cache_write", "call_block", "call_blocks",
+    "compile_step", "embed", "gated", "gather_rows", "initialize", "linear", "linears", "merge_heads", "place",
     "prepare", "rms_norm", "rotate", "silu", "split_heads", "to_device", "to_numpy", "value",
     "zeros",
 ]  # fmt: skip
@@ -40,6 +41,7 @@ _WIDE_QUERIES = 16
 
 TOKENS_PER_CALL = 1
 RUNS_AHEAD = False
+BLOCKS_CALL_TOKENS = FEW_TOKENS
 
 
 def value(variable: Any, dtype: str | None = None) -> Tensor:
@@ -126,6 +128,19 @@ def attention(
         query, key_BKSH, value_BKSH, attn_mask=mask_B1TS, scale=scale
     )
     return out.reshape(B, N, T, H).to(query_BNTH.dtype)
+
+
+def call_blocks(
+    blocks: Sequence[BlockWeights],
+    epsilon: float,
+    x_BTD: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    cache: Sequence[tuple[Tensor, Tensor]],
+    place: Place,
+) -> tuple[Tensor, Sequence[tuple[Tensor, Tensor]]] | None:
+    """See `BackendOps.call_blocks`; the caches are written to."""
+    out = torch_calls.call_blocks(blocks, epsilon, x_BTD, rotary, cache, place.start_B)
+    return None if out is None else (out, cache)
 
 
 def attend(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import keras
 
-from puna.backend.protocol import Place, Tensor
+from puna import backend
+from puna.backend.protocol import BlockWeights, Place, Tensor
 from puna.config import LlamaConfig
 from puna.layers.attention import Attention
 from puna.layers.cache import Int8LayerCache, LayerCache
+from puna.layers.linear import Linear, are_alike
 from puna.layers.mlp import MLP
 from puna.layers.rms_norm import RMSNorm
 
@@ -40,6 +42,27 @@ class Block(keras.layers.Layer):
             self.mlp,
         ):
             layer.build(input_shape)
+
+    def plain_weights(self) -> BlockWeights | None:
+        """What the block computes with, if it does no more than most Llamas' do.
+
+        Else, for instance with biases or with another activation than SiLU, None.
+        """
+        attention, mlp = self.self_attn, self.mlp
+        heads = (attention.q_proj, attention.k_proj, attention.v_proj)
+        gated = (mlp.gate_proj, mlp.up_proj)
+        layers = (*heads, attention.o_proj, *gated, mlp.down_proj)
+        norms = (self.input_layernorm, self.post_attention_layernorm)
+        if (
+            not (are_alike(*heads) and are_alike(*gated) and mlp.activation is backend.ops.silu)
+            or any(type(layer) is not Linear or layer.use_bias for layer in layers)
+            or any(type(norm) is not RMSNorm for norm in norms)
+        ):
+            return None
+        return BlockWeights(
+            *(backend.ops.value(norm.weight) for norm in norms),
+            *(layer.matrix(self.compute_dtype) for layer in layers),
+        )
 
     def call(
         self,

@@ -14,7 +14,7 @@ from puna.backend.protocol import Place, Tensor
 from puna.checkpoint.variable_names import tensor_name
 from puna.config import LlamaConfig
 from puna.layers.block import Block
-from puna.layers.cache import Cache, capacity_of
+from puna.layers.cache import Cache, LayerCache, capacity_of
 from puna.layers.embedding import Embedding
 from puna.layers.matrix import MatrixLayer
 from puna.layers.rms_norm import RMSNorm
@@ -165,6 +165,11 @@ class Llama3Backbone(Quantizable, keras.Model):
         if intercept is not None:
             x_BTD = intercept(x_BTD, -1)
         rotary = self.rotary(positions_BT, length_B)
+        if cache is not None and place is not None and intercept is None:
+            done = self._call_blocks(x_BTD, rotary, cache, place)
+            if done is not None:
+                x_BTD, cache = done
+                return self.norm.call(x_BTD), cache
         new_cache = []
         for i, block in enumerate(self.transformer_layers):
             layer_cache = None if cache is None else cache[i]
@@ -179,6 +184,21 @@ class Llama3Backbone(Quantizable, keras.Model):
             if intercept is not None:
                 x_BTD = intercept(x_BTD, i)
         return self.norm.call(x_BTD), tuple(new_cache)
+
+    def _call_blocks(
+        self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], cache: Cache, place: Place
+    ) -> tuple[Tensor, Cache] | None:
+        """All blocks in one native call, where that can be."""
+        if x_BTD.shape[0] * x_BTD.shape[1] > backend.ops.BLOCKS_CALL_TOKENS:
+            return None
+        plain = [layer for layer in cache if isinstance(layer, LayerCache)]
+        blocks = [block.plain_weights() for block in self.transformer_layers]
+        weights = [block for block in blocks if block is not None]
+        if not len(plain) == len(weights) == len(cache):
+            return None
+        epsilon = self.config.rms_norm_eps
+        done = backend.ops.call_blocks(weights, epsilon, x_BTD, rotary, plain, place)
+        return done and (done[0], tuple(LayerCache(*layer) for layer in done[1]))
 
     def compute_output_spec(self, inputs: Any, training: bool = False) -> keras.KerasTensor:
         """The hidden states' shape and dtype, for functional models."""

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
-from puna.backend.kernels.library import FLOATS, library
+from puna.backend.kernels.library import FEW_TOKENS, FLOATS, library
 from puna.backend.packed import Packed
-from puna.backend.protocol import Tensor
+from puna.backend.protocol import BlockWeights, Tensor
 
 Weight = Tensor | Packed
 Arrays = tuple[Any, ...]  # of a weight: itself, or a packed one's data, scale and perhaps low
@@ -32,7 +32,8 @@ def _registered() -> bool:
     """Whether there are kernels for JAX's default device, known to XLA from here on."""
     if jax.default_backend() != "cpu" or (loaded := library()) is None:
         return False
-    for name in ("puna_xla_linear", "puna_xla_linear_transposed", "puna_xla_attention"):
+    for call in ("linear", "linear_transposed", "attention", "blocks"):
+        name = f"puna_xla_{call}"
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(loaded, name)), platform="cpu")
     return True
 
@@ -161,6 +162,50 @@ def attends(projected: Sequence[Tensor], cache: Sequence[Tensor]) -> bool:
         and keras.distribution.distribution() is None
         and _registered()
     )
+
+
+def takes_blocks(
+    blocks: Sequence[BlockWeights], x: Tensor, cache: Sequence[tuple[Tensor, Tensor]]
+) -> bool:
+    """Whether one call takes these new tokens through all blocks."""
+    B, T, _ = x.shape
+    kinds = {norm.dtype for block in blocks for norm in block.norms}
+    return (
+        B * T <= FEW_TOKENS
+        and len(kinds) == 1
+        and next(iter(kinds)).name in FLOATS
+        and all(_kind(matrix) is not None for block in blocks for matrix in block.matrices)
+        and attends((x,), cache[0])
+    )
+
+
+def call_blocks(
+    blocks: Sequence[BlockWeights],
+    epsilon: float,
+    x_BTD: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    cache: Sequence[tuple[Tensor, Tensor]],
+    start_B: Tensor,
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """See `BackendOps.call_blocks`."""
+    B, T, _ = x_BTD.shape
+    tables = (jnp.broadcast_to(a[:, 0], (B, T, a.shape[-1])) for a in rotary)
+    arguments = [x_BTD, *tables, start_B.astype(jnp.int32)]
+    aliases, shapes = {0: 0}, [jax.ShapeDtypeStruct(x_BTD.shape, x_BTD.dtype)]
+    matrices = [matrix for block in blocks for matrix in block.matrices]
+    for block, layer in zip(blocks, cache, strict=True):
+        arguments += [*block.norms, *(a for matrix in block.matrices for a in _arrays(matrix))]
+        for array in layer:
+            aliases[len(arguments)] = len(shapes)
+            arguments.append(array)
+            shapes.append(jax.ShapeDtypeStruct(array.shape, array.dtype))
+    x_BTD, *new = jax.ffi.ffi_call("puna_xla_blocks", shapes, input_output_aliases=aliases)(
+        *arguments,
+        parts=np.array([len(_arrays(matrix)) for matrix in matrices], np.int64),
+        groups=np.array([getattr(matrix, "group", 0) for matrix in matrices], np.int64),
+        epsilon=np.float32(epsilon),
+    )
+    return x_BTD, list(zip(new[::2], new[1::2], strict=True))
 
 
 def attend(

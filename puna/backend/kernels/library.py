@@ -21,6 +21,9 @@ KINDS = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "uint8": 4}
 
 FLOATS = ("float32", "bfloat16", "float16")
 
+# Up to so many tokens in all go through blocks in one call; `kFewRows` in `src/dispatch.h`.
+FEW_TOKENS = 8
+
 
 class Matrix(ctypes.Structure):
     """`PunaMatrix`."""
@@ -47,6 +50,32 @@ class Attention(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("head_size", "capacity")),
         ("scale", ctypes.c_float),
         ("kind", ctypes.c_int32),
+        ("cache_kind", ctypes.c_int32),
+    )
+
+
+class Block(ctypes.Structure):
+    """`PunaBlock`."""
+
+    _fields_ = (
+        ("attention_norm", ctypes.c_void_p),
+        ("mlp_norm", ctypes.c_void_p),
+        *((name, Matrix) for name in ("query", "key", "value", "out", "gate", "up", "down")),
+    )
+
+
+class Blocks(ctypes.Structure):
+    """`PunaBlocks`."""
+
+    _fields_ = (
+        ("blocks", ctypes.POINTER(Block)),
+        *((name, ctypes.c_void_p) for name in ("keys", "values", "x", "cos", "sin", "starts")),
+        *((name, ctypes.c_int64) for name in ("count", "rows", "tokens", "width")),
+        *((name, ctypes.c_int64) for name in ("query_heads", "key_heads", "head_size", "capacity")),
+        ("scale", ctypes.c_float),
+        ("epsilon", ctypes.c_float),
+        ("kind", ctypes.c_int32),
+        ("norm_kind", ctypes.c_int32),
         ("cache_kind", ctypes.c_int32),
     )
 
@@ -113,6 +142,8 @@ def library() -> ctypes.CDLL | None:
     loaded.puna_linear_transposed.restype = ctypes.c_char_p
     loaded.puna_attention.argtypes = [pointer, pointer]
     loaded.puna_attention.restype = ctypes.c_char_p
+    loaded.puna_blocks.argtypes = [pointer, pointer]
+    loaded.puna_blocks.restype = ctypes.c_char_p
     loaded.puna_rms_norm.argtypes = [
         pointer, number, pointer, number, ctypes.c_float, integer, integer, pointer,
     ]  # fmt: skip

@@ -5,17 +5,14 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "kernel_table.h"
+#include "dispatch.h"
 #include "threads.h"
 
 namespace puna {
 namespace {
 
-// Up to so many rows, a product is bound by reading the weights.
-constexpr int64_t kFewRows = 8;
 // Bytes of weights that a thread takes at a time.
 constexpr int64_t kChunkBytes = 128 << 10;
-constexpr int64_t kMostResults = 256;
 // Many rows: so many at once, whose inputs stay in the second cache, and so many results a chunk.
 constexpr int64_t kRowsAtOnce = 128;
 constexpr int64_t kManyResults = 48;
@@ -58,46 +55,19 @@ const Named& instructions() {
   return *now;
 }
 
-// Each thread's own memory, kept between calls: what a caller prepares, and what a chunk computes.
-class Scratch {
- public:
-  ~Scratch() { std::free(memory_); }
-  float* floats(int64_t count) {
-    if (count > size_) {
-      std::free(memory_);
-      size_ = (count + 1023) / 1024 * 1024;
-      memory_ = static_cast<float*>(std::aligned_alloc(64, 4 * size_));
-    }
-    return memory_;
-  }
-
- private:
-  float* memory_ = nullptr;
-  int64_t size_ = 0;
-};
 thread_local Scratch prepared, computed;
-
-bool is_float(int32_t kind) { return kind == PUNA_F32 || kind == PUNA_BF16 || kind == PUNA_F16; }
-
-int64_t row_bytes(const PunaMatrix& m) {
-  switch (m.kind) {
-    case PUNA_F32: return 4 * m.in;
-    case PUNA_I8: return m.in;
-    case PUNA_U4: return (m.in + 1) / 2;
-    default: return 2 * m.in;
-  }
-}
 
 char* at(void* data, int32_t kind, int64_t index) {
   return static_cast<char*>(data) + index * (kind == PUNA_F32 ? 4 : 2);
 }
 
-const char* problem(const PunaMatrix& m) {
+const char* problem_of(const PunaMatrix& m) {
   if (m.data == nullptr || m.out < 1 || m.in < 1) return "a matrix is empty";
   if (is_float(m.kind)) return nullptr;
   if (m.kind != PUNA_I8 && m.kind != PUNA_U4) return "a matrix is of no known kind";
   if (m.scale == nullptr || !is_float(m.scale_kind)) return "a quantized matrix has no scale";
-  if (m.group < 1 || (m.group < m.in && m.group % 32 != 0))
+  bool sixteen = m.group == 16 && m.kind == PUNA_I8 && m.low == nullptr;
+  if (m.group < 1 || (m.group < m.in && m.group % 32 != 0 && !sixteen))
     return "a group is neither a multiple of 32 nor all inputs";
   return nullptr;
 }
@@ -107,8 +77,6 @@ int64_t few_chunk(const PunaMatrix& m) {
   int64_t results = kChunkBytes / row_bytes(m) / 8 * 8;
   return std::clamp<int64_t>(results, 8, kMostResults);
 }
-
-int64_t chunks(int64_t all, int64_t each) { return (all + each - 1) / each; }
 
 struct Call {
   const KernelTable& kernels;
@@ -141,40 +109,71 @@ struct Call {
     float* scratch = prepared.floats(kernels.few_scratch(first, all));
     kernels.few_prepare(first, x, x_kind, rows, scratch);
     each_chunk(few_chunk, [&](int i, int64_t begin, int64_t end) {
-      float values[2 * kFewRows * kMostResults], ups[2 * kFewRows * kMostResults];
-      kernels.few(matrices[i], scratch, all, begin, end, values, kMostResults);
-      if (gated) kernels.few(matrices[1], scratch, all, begin, end, ups, kMostResults);
-      if (parts == 2) {
-        for (int64_t j = 0; j < rows * kMostResults; ++j) values[j] += values[rows * kMostResults + j];
-        for (int64_t j = 0; gated && j < rows * kMostResults; ++j)
-          ups[j] += ups[rows * kMostResults + j];
-      }
-      for (int64_t row = 0; row < rows; ++row)
-        kernels.finish(values + row * kMostResults, gated ? ups + row * kMostResults : nullptr, 1,
-                       end - begin, y[i], y_kind, row * matrices[i].out + begin);
+      few_results(kernels, matrices + i, gated, scratch, rows, parts, begin, end, y[i], y_kind, false);
     });
   }
 
   void many(const void* x, int32_t x_kind, int64_t row) const {
     const PunaMatrix& first = matrices[0];
     int64_t tiles = chunks(rows, kernels.tile), stride = tiles * kernels.tile;
-    float* scratch = prepared.floats(kernels.many_scratch(first, rows));
+    float* scratch = prepared.floats(kernels.many_scratch(first, x_kind, rows));
     parallel(threads, tiles,
              [&](int64_t tile) { kernels.many_pack(first, x, x_kind, rows, tile, scratch); });
     each_chunk([](const PunaMatrix&) { return kManyResults; },
                [&](int i, int64_t begin, int64_t end) {
                  float* values = computed.floats(2 * kManyResults * stride);
                  float* ups = gated ? values + kManyResults * stride : nullptr;
-                 kernels.many(matrices[i], scratch, rows, begin, end, values);
-                 if (gated) kernels.many(matrices[1], scratch, rows, begin, end, ups);
+                 kernels.many(matrices[i], x_kind, scratch, rows, begin, end, values);
+                 if (gated) kernels.many(matrices[1], x_kind, scratch, rows, begin, end, ups);
                  for (int64_t j = 0; j < rows; ++j)
                    kernels.finish(values + j, gated ? ups + j : nullptr, stride, end - begin, y[i],
-                                  y_kind, (row + j) * matrices[i].out + begin);
+                                  y_kind, (row + j) * matrices[i].out + begin, false);
                });
   }
 };
 
 }  // namespace
+
+const KernelTable& kernels() { return *instructions().table; }
+
+int64_t row_bytes(const PunaMatrix& m) {
+  switch (m.kind) {
+    case PUNA_F32: return 4 * m.in;
+    case PUNA_I8: return m.in;
+    case PUNA_U4: return (m.in + 1) / 2;
+    default: return 2 * m.in;
+  }
+}
+
+const char* problem(const PunaMatrix* matrices, int count, bool gated) {
+  for (int i = 0; i < count; ++i) {
+    const PunaMatrix &m = matrices[i], &first = matrices[0];
+    if (const char* why = problem_of(m)) return why;
+    if (m.in != first.in || m.kind != first.kind || (m.low == nullptr) != (first.low == nullptr) ||
+        (!is_float(m.kind) && m.group != first.group))
+      return "matrices that are multiplied together differ in kind";
+    if (gated && m.out != first.out) return "gate and up differ in size";
+  }
+  return nullptr;
+}
+
+void few_results(const KernelTable& kernels, const PunaMatrix* m, bool gated, const float* scratch,
+                 int64_t rows, int64_t parts, int64_t begin, int64_t end, void* y, int32_t y_kind,
+                 bool add) {
+  float values[2 * kFewRows * kMostResults], ups[2 * kFewRows * kMostResults];
+  kernels.few(m[0], scratch, rows * parts, begin, end, values, kMostResults);
+  if (gated) kernels.few(m[1], scratch, rows * parts, begin, end, ups, kMostResults);
+  for (int64_t row = 0; row < rows; ++row) {
+    float *value = values + row * kMostResults, *up = ups + row * kMostResults;
+    for (int64_t j = 0; parts == 2 && j < end - begin; ++j) {
+      value[j] += value[rows * kMostResults + j];
+      if (gated) up[j] += up[rows * kMostResults + j];
+    }
+    kernels.finish(value, gated ? up : nullptr, 1, end - begin, y, y_kind, row * m[0].out + begin,
+                   add);
+  }
+}
+
 }  // namespace puna
 
 using namespace puna;
@@ -186,14 +185,7 @@ const char* puna_linear(const PunaThreads* threads, const void* x, int32_t x_kin
                         int32_t gated) {
   if (!is_float(x_kind) || !is_float(y_kind)) return "rows and results are floats";
   if (count < 1 || (gated && count != 2)) return "there is no such number of matrices";
-  for (int i = 0; i < count; ++i) {
-    const PunaMatrix &m = matrices[i], &first = matrices[0];
-    if (const char* why = problem(m)) return why;
-    if (m.in != first.in || m.kind != first.kind || (m.low == nullptr) != (first.low == nullptr) ||
-        (!is_float(m.kind) && m.group != first.group))
-      return "matrices that are multiplied together differ in kind";
-    if (gated && m.out != first.out) return "gate and up differ in size";
-  }
+  if (const char* why = problem(matrices, count, gated != 0)) return why;
   if (rows <= kFewRows) {
     if (rows > 0)
       Call{*instructions().table, *threads, matrices, count, rows, y, y_kind, gated != 0}.few(
@@ -213,7 +205,7 @@ const char* puna_linear_transposed(const PunaThreads* threads, const void* y, in
                                    int64_t rows, const PunaMatrix* matrix, void* x,
                                    int32_t x_kind) {
   if (!is_float(x_kind) || !is_float(y_kind)) return "rows and results are floats";
-  if (const char* why = problem(*matrix)) return why;
+  if (const char* why = problem(matrix, 1, false)) return why;
   const KernelTable& kernels = *instructions().table;
   const PunaMatrix& m = *matrix;
   for (int64_t row = 0; row < rows; row += kRowsAtOnce) {
@@ -229,7 +221,7 @@ const char* puna_linear_transposed(const PunaThreads* threads, const void* y, in
       kernels.back(m, scratch, here, begin, end, values);
       for (int64_t j = 0; j < here; ++j)
         kernels.finish(values + j, nullptr, stride, end - begin, x, x_kind,
-                       (row + j) * m.in + begin);
+                       (row + j) * m.in + begin, false);
     });
   }
   return nullptr;

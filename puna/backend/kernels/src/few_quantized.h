@@ -5,6 +5,9 @@
 // result is added. The products of a block and their sum are exact. Then the block's sum is a
 // float, times the weights' scale and the inputs'. What is added to every weight of a group is
 // multiplied once, by the sum of the group's inputs.
+//
+// Weights are read a unit at a time: 32 bytes, so 64 inputs of 4 bits or 32 of 8. The lower half of
+// the sums' lanes belongs to the unit's first half, which may have a scale of its own.
 
 #ifndef PUNA_FEW_QUANTIZED_H_
 #define PUNA_FEW_QUANTIZED_H_
@@ -17,52 +20,130 @@ namespace puna {
 namespace PUNA_ISA {
 
 constexpr int64_t kBlock = 32;
-constexpr int64_t kLargest = 32767;  // 4 · 32767 · 128, a lane's sum, is exact as a float too
+constexpr int64_t kUnitBytes = 32;
+constexpr int64_t kLargest = 32767;  // 8 · 32767 · 128, a lane's sum, is exact in 32 bits
 constexpr int64_t kSegment = 256;    // blocks whose scales are prepared together
 
 PUNA_INLINE int64_t groups_of(const PunaMatrix& m) { return (m.in + m.group - 1) / m.group; }
+PUNA_INLINE int64_t blocks_of_unit(const PunaMatrix& m) { return m.kind == PUNA_U4 ? 2 : 1; }
+// 4 bits without minima are about zero: 8 is taken from each.
+PUNA_INLINE bool is_centred(const PunaMatrix& m) { return m.kind == PUNA_U4 && m.low == nullptr; }
+PUNA_INLINE int64_t whole_vectors(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
-// A row of x, in floats: the whole numbers, two to a float; a scale for each block; the sum of each
-// group, for minima; and the inputs beyond the last whole block, as they are.
+// The sums of a unit's products, as whole numbers and as floats.
+#if defined(__AVX2__)
+constexpr int kSums = 8;
+#else
+constexpr int kSums = 2;
+#endif
+typedef int32_t WholeSums __attribute__((vector_size(4 * kSums)));
+typedef float Sums __attribute__((vector_size(4 * kSums)));
+
+// A row of x, in floats: the whole numbers, two to a float; a scale for each block; the sums of
+// groups, for minima, or of blocks, for weights about zero; and the inputs beyond the last whole
+// block, as they are.
 struct QuantizedLayout {
-  int64_t blocks, scales, sums, tail, row;
+  int64_t blocks, units, scales, sums, tail, row;
   explicit QuantizedLayout(const PunaMatrix& m) {
+    int64_t each = blocks_of_unit(m);
     blocks = m.in / kBlock;
-    scales = blocks * kBlock / 2;
-    sums = scales + blocks;
-    tail = sums + groups_of(m);
+    units = (blocks + each - 1) / each;
+    scales = units * each * kBlock / 2;
+    sums = scales + whole_vectors(units * each);
+    tail = sums + whole_vectors(is_centred(m) ? units * each : groups_of(m));
     row = (tail + m.in % kBlock + 15) / 16 * 16;
   }
 };
+
+// Writes a block of floats as whole numbers and returns their scale. A block that is not all finite
+// gets a scale that is no number.
+PUNA_INLINE float to_whole_numbers(const float* block, int16_t* numbers) {
+  Ints most{};
+  for (int i = 0; i < kBlock; i += kLanes) {
+    Ints size = Ints(load<Words>(block + i) & 0x7fffffff);  // ordered as the floats are
+    most = size > most ? size : most;
+  }
+  int32_t sizes[kLanes], bits = 0;
+  std::memcpy(sizes, &most, sizeof most);
+  for (int32_t size : sizes) bits = std::max(bits, size);
+  float largest;
+  std::memcpy(&largest, &bits, sizeof largest);
+  if (!(largest < INFINITY)) {
+    std::fill(numbers, numbers + kBlock, int16_t{0});
+    return NAN;
+  }
+  float scale = largest / kLargest, inverse = largest > 0.0f ? kLargest / largest : 0.0f;
+  if (!(inverse < INFINITY)) scale = inverse = 0.0f;  // as good as zero
+  const Floats nearest = splat(12582912.0f);  // 1.5 · 2^23: what is added to it loses its fraction
+  for (int i = 0; i < kBlock; i += kLanes) {
+    Floats v = load<Floats>(block + i) * splat(inverse);
+    Ints whole = __builtin_convertvector((v + nearest) - nearest, Ints);
+    auto narrow = __builtin_convertvector(whole, Shorts);
+    std::memcpy(numbers + i, &narrow, sizeof narrow);
+  }
+  return scale;
+}
+
+// The sum of half a block.
+PUNA_INLINE float sum_half(const float* half) {
+  Floats total{};
+  for (int i = 0; i < kBlock / 2; i += kLanes) total += load<Floats>(half + i);
+  return sum(total);
+}
+
+// Where a unit's sums want a block's numbers, from its first place on: of 4 bits, each fourth
+// number together; of 8, each second.
+PUNA_INLINE void place_in_unit(bool is_4_bit, const int16_t* numbers, int16_t* to) {
+#if defined(__AVX2__)
+  const __m128i* from = reinterpret_cast<const __m128i*>(numbers);
+  __m128i* places = reinterpret_cast<__m128i*>(to);
+  __m128i eights[4];
+  if (is_4_bit) {
+    const __m128i fours = _mm_set_epi8(15, 14, 7, 6, 13, 12, 5, 4, 11, 10, 3, 2, 9, 8, 1, 0);
+    for (int k = 0; k < 4; ++k) eights[k] = _mm_shuffle_epi8(_mm_loadu_si128(from + k), fours);
+    __m128i a = _mm_unpacklo_epi32(eights[0], eights[1]), b = _mm_unpackhi_epi32(eights[0], eights[1]);
+    __m128i c = _mm_unpacklo_epi32(eights[2], eights[3]), d = _mm_unpackhi_epi32(eights[2], eights[3]);
+    _mm_storeu_si128(places, _mm_unpacklo_epi64(a, c));
+    _mm_storeu_si128(places + 2, _mm_unpackhi_epi64(a, c));
+    _mm_storeu_si128(places + 4, _mm_unpacklo_epi64(b, d));
+    _mm_storeu_si128(places + 6, _mm_unpackhi_epi64(b, d));
+  } else {
+    const __m128i twos = _mm_set_epi8(15, 14, 11, 10, 7, 6, 3, 2, 13, 12, 9, 8, 5, 4, 1, 0);
+    for (int k = 0; k < 4; ++k) eights[k] = _mm_shuffle_epi8(_mm_loadu_si128(from + k), twos);
+    for (int k = 0; k < 2; ++k) {
+      _mm_storeu_si128(places + k, _mm_unpacklo_epi64(eights[2 * k], eights[2 * k + 1]));
+      _mm_storeu_si128(places + 2 + k, _mm_unpackhi_epi64(eights[2 * k], eights[2 * k + 1]));
+    }
+  }
+#else
+  for (int i = 0; i < kBlock; ++i)
+    to[is_4_bit ? i % 4 * 16 + i / 4 : i % 2 * 16 + i / 2] = numbers[i];
+#endif
+}
 
 // `rest` takes what the whole numbers leave over; NULL where that is not wanted.
 inline void prepare_quantized(const PunaMatrix& m, const void* x, int32_t x_kind, int64_t row,
                               float* to, float* rest) {
   QuantizedLayout layout(m);
   int16_t* whole = reinterpret_cast<int16_t*>(to);
-  std::fill(to + layout.sums, to + layout.tail, 0.0f);
+  std::fill(to + layout.scales, to + layout.row, 0.0f);
+  if (layout.blocks % blocks_of_unit(m) != 0)  // the last unit is half empty
+    std::fill(whole + (layout.units - 1) * 64, whole + layout.units * 64, int16_t{0});
+  bool is_4_bit = m.kind == PUNA_U4;
   for (int64_t b = 0; b < layout.blocks; ++b) {
-    float block[kBlock], largest = 0.0f, sum = 0.0f;
-    for (int i = 0; i < kBlock; ++i) block[i] = read_float(x, x_kind, row * m.in + b * kBlock + i);
-    for (int i = 0; i < kBlock; ++i) {
-      largest = std::max(largest, std::fabs(block[i]));
-      sum += block[i];
-    }
-    float scale = largest / kLargest, inverse = largest > 0.0f ? kLargest / largest : 0.0f;
-    if (!(inverse <= 3.4e38f)) scale = inverse = 0.0f;  // as good as zero
-    if (!(largest <= 3.4e38f) || sum != sum) scale = sum - sum + largest * 0.0f;  // not a number
+    float block[kBlock];
     int16_t numbers[kBlock];
-    for (int i = 0; i < kBlock; ++i)
-      numbers[i] = int16_t(scale == scale ? std::nearbyintf(block[i] * inverse) : 0.0f);
-    for (int i = 0; i < kBlock; ++i) {
-      int place = m.kind == PUNA_U4 ? i / 2 + i % 2 * int(kBlock) / 2 : i;
-      whole[b * kBlock + place] = numbers[i];
-    }
+    read_floats(x, x_kind, row * m.in + b * kBlock, kBlock, block);
+    float scale = to_whole_numbers(block, numbers);
+    place_in_unit(is_4_bit, numbers, whole + (is_4_bit ? b / 2 * 64 + b % 2 * 8 : b * kBlock));
     if (rest != nullptr)
       for (int i = 0; i < kBlock; ++i)
         rest[b * kBlock + i] = scale == scale ? block[i] - scale * float(numbers[i]) : 0.0f;
     to[layout.scales + b] = scale;
-    if (m.low != nullptr) to[layout.sums + b * kBlock / m.group] += sum;
+    if (is_centred(m)) to[layout.sums + b] = sum_half(block) + sum_half(block + kBlock / 2);
+    if (m.low != nullptr)
+      for (int64_t h = 0; h < kBlock; h += kBlock / 2)
+        to[layout.sums + (b * kBlock + h) / m.group] += sum_half(block + h);
   }
   for (int64_t k = layout.blocks * kBlock; k < m.in; ++k) {
     float value = read_float(x, x_kind, row * m.in + k);
@@ -71,160 +152,204 @@ inline void prepare_quantized(const PunaMatrix& m, const void* x, int32_t x_kind
   }
 }
 
-// The sum of the products of a block's weights and M rows' inputs, in lanes.
+// A unit of weights as 16-bit numbers, and its products with inputs in the order of
+// `place_in_unit`.
 #if defined(__AVX2__)
-typedef float Partial __attribute__((vector_size(32)));
-PUNA_INLINE Partial splat_partial(float f) { return Partial{f, f, f, f, f, f, f, f}; }
-PUNA_INLINE float sum_partial(Partial v) {
-  float l[8];
-  std::memcpy(l, &v, sizeof v);
-  return ((l[0] + l[4]) + (l[2] + l[6])) + ((l[1] + l[5]) + (l[3] + l[7]));
-}
+template <int32_t kind>
+struct Unit {
+  static constexpr int kInputs = kind == PUNA_U4 ? 64 : 32, kParts = kInputs / 16;
+  __m256i parts[kParts];
 
-struct BlockI8 {
-  __m256i first, second;
-  PUNA_INLINE BlockI8(const void* data, int64_t b) {
-    const __m128i* from = reinterpret_cast<const __m128i*>(static_cast<const int8_t*>(data) + 32 * b);
-    first = _mm256_cvtepi8_epi16(_mm_loadu_si128(from));
-    second = _mm256_cvtepi8_epi16(_mm_loadu_si128(from + 1));
+  PUNA_INLINE explicit Unit(__m256i words) {
+    if constexpr (kind == PUNA_U4) {
+      __m256i low = _mm256_set1_epi16(15);
+      parts[0] = _mm256_and_si256(words, low);
+      parts[1] = _mm256_and_si256(_mm256_srli_epi16(words, 4), low);
+      parts[2] = _mm256_and_si256(_mm256_srli_epi16(words, 8), low);
+      parts[3] = _mm256_srli_epi16(words, 12);
+    } else {
+      parts[0] = _mm256_srai_epi16(_mm256_slli_epi16(words, 8), 8);
+      parts[1] = _mm256_srai_epi16(words, 8);
+    }
+  }
+  PUNA_INLINE static Unit all(const char* from) {
+    return Unit(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  }
+  PUNA_INLINE static Unit half(const char* from) {
+    return Unit(_mm256_zextsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+  }
+
+  PUNA_INLINE WholeSums times(const int16_t* x) const {
+    const __m256i* inputs = reinterpret_cast<const __m256i*>(x);
+    __m256i sum = _mm256_madd_epi16(parts[0], _mm256_loadu_si256(inputs));
+    for (int i = 1; i < kParts; ++i)
+      sum = _mm256_add_epi32(sum, _mm256_madd_epi16(parts[i], _mm256_loadu_si256(inputs + i)));
+    return WholeSums(sum);
   }
 };
 
-struct BlockU4 {
-  __m256i first, second;
-  PUNA_INLINE BlockU4(const void* data, int64_t b) {
-    const __m128i* from =
-        reinterpret_cast<const __m128i*>(static_cast<const uint8_t*>(data) + 16 * b);
-    __m256i bytes = _mm256_cvtepu8_epi16(_mm_loadu_si128(from));
-    first = _mm256_and_si256(bytes, _mm256_set1_epi16(15));
-    second = _mm256_srli_epi16(bytes, 4);
-  }
-};
-
-// The same about zero: the products are smaller, so less is lost than by taking 8 away at the end.
-struct BlockCentred4 : BlockU4 {
-  PUNA_INLINE BlockCentred4(const void* data, int64_t b) : BlockU4(data, b) {
-    first = _mm256_sub_epi16(first, _mm256_set1_epi16(8));
-    second = _mm256_sub_epi16(second, _mm256_set1_epi16(8));
-  }
-};
-
-template <typename Block>
-PUNA_INLINE Partial times(const Block& weights, const int16_t* x) {
-  const __m256i* inputs = reinterpret_cast<const __m256i*>(x);
-  __m256i sum = _mm256_add_epi32(_mm256_madd_epi16(weights.first, _mm256_loadu_si256(inputs)),
-                                 _mm256_madd_epi16(weights.second, _mm256_loadu_si256(inputs + 1)));
-  return Partial(_mm256_cvtepi32_ps(sum));
+PUNA_INLINE Sums spread(float f) { return Sums(_mm256_set1_ps(f)); }
+// One for each half.
+PUNA_INLINE Sums spread(const float* two) {
+  __m256 both = _mm256_castpd_ps(_mm256_broadcast_sd(reinterpret_cast<const double*>(two)));
+  return Sums(_mm256_permutevar_ps(both, _mm256_set_epi32(1, 1, 1, 1, 0, 0, 0, 0)));
 }
 #else
-typedef float Partial;
-PUNA_INLINE Partial splat_partial(float f) { return f; }
-PUNA_INLINE float sum_partial(Partial v) { return v; }
+template <int32_t kind>
+struct Unit {
+  static constexpr int kInputs = kind == PUNA_U4 ? 64 : 32;
+  int16_t weights[kInputs];
 
-struct BlockI8 {
-  int16_t weights[kBlock];
-  PUNA_INLINE BlockI8(const void* data, int64_t b) {
-    for (int i = 0; i < kBlock; ++i) weights[i] = static_cast<const int8_t*>(data)[kBlock * b + i];
-  }
-};
-
-struct BlockU4 {
-  int16_t weights[kBlock];
-  PUNA_INLINE BlockU4(const void* data, int64_t b) {
-    const uint8_t* bytes = static_cast<const uint8_t*>(data) + kBlock / 2 * b;
-    for (int i = 0; i < kBlock / 2; ++i) {
-      weights[i] = bytes[i] & 15;
-      weights[i + kBlock / 2] = bytes[i] >> 4;
+  PUNA_INLINE Unit(const char* from, int64_t bytes) : weights{} {
+    for (int64_t i = 0; i < bytes; ++i) {
+      if constexpr (kind == PUNA_U4) {
+        uint8_t byte = uint8_t(from[i]);
+        int64_t at = i % 2 * 32 + i / 2;
+        weights[at] = byte & 15;
+        weights[at + 16] = byte >> 4;
+      } else {
+        weights[i % 2 * 16 + i / 2] = int8_t(from[i]);
+      }
     }
   }
-};
+  PUNA_INLINE static Unit all(const char* from) { return Unit(from, kUnitBytes); }
+  PUNA_INLINE static Unit half(const char* from) { return Unit(from, kUnitBytes / 2); }
 
-struct BlockCentred4 : BlockU4 {
-  PUNA_INLINE BlockCentred4(const void* data, int64_t b) : BlockU4(data, b) {
-    for (int16_t& weight : weights) weight -= 8;
+  PUNA_INLINE WholeSums times(const int16_t* x) const {
+    WholeSums sum{};
+    for (int i = 0; i < kInputs; ++i) sum[i / 8 % 2] += int32_t{weights[i]} * x[i];
+    return sum;
   }
 };
 
-template <typename Block>
-PUNA_INLINE Partial times(const Block& block, const int16_t* x) {
-  int32_t sum = 0;
-  for (int i = 0; i < kBlock; ++i) sum += int32_t{block.weights[i]} * x[i];
-  return float(sum);
-}
+PUNA_INLINE Sums spread(float f) { return Sums{f, f}; }
+PUNA_INLINE Sums spread(const float* two) { return Sums{two[0], two[1]}; }
 #endif
 
-// Scales [begin, begin + count) of a row of weights as float32.
-PUNA_INLINE void read_scales(const void* from, int32_t kind, int64_t begin, int64_t count,
-                             float* to) {
-  if (kind == PUNA_F32) {
-    std::memcpy(to, static_cast<const float*>(from) + begin, 4 * count);
-    return;
-  }
-  const uint16_t* bits = static_cast<const uint16_t*>(from) + begin;
-  int64_t i = 0;
-  if (kind == PUNA_F16) {
-    for (; i + kLanes <= count; i += kLanes) store(to + i, halves_to_floats(bits + i));
-    for (; i < count; ++i) to[i] = from_f16(bits[i]);
-  } else {
-    for (; i < count; ++i) to[i] = from_bf16(bits[i]);
+PUNA_INLINE float sum_of(Sums v) {
+  float l[kSums];
+  std::memcpy(l, &v, sizeof v);
+  for (int width = kSums / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) l[i] += l[i + width];
+  return l[0];
+}
+
+// Adds a unit's products with M rows, each `x_row` floats and `scale_row` scales after the last.
+template <int32_t kind, bool halves, int M>
+PUNA_INLINE void add_unit(const Unit<kind>& weights, const int16_t* x, int64_t x_row,
+                          const float* scale, int64_t scale_row, Sums* total) {
+#pragma GCC unroll 8
+  for (int i = 0; i < M; ++i) {
+    WholeSums sums = weights.times(x + 2 * i * x_row);
+    const float* here = scale + i * scale_row;
+    Sums factor = halves ? spread(here) : spread(*here);
+    total[i] += factor * __builtin_convertvector(sums, Sums);
   }
 }
 
-// R results of each of M rows.
-template <typename Read, typename Block, int M, int R>
-PUNA_INLINE void quantized_some(const PunaMatrix& m, const float* x, int64_t x_row, int64_t out,
-                                float* y, int64_t y_stride) {
-  QuantizedLayout layout(m);
-  int64_t groups = groups_of(m), in_group = std::max<int64_t>(1, m.group / kBlock);
-  Partial total[R][M] = {};
-  float rest[R][M] = {};
-  for (int64_t start = 0; start < layout.blocks || start == 0; start += kSegment) {
-    int64_t count = std::min(kSegment, layout.blocks - start), end = start + count;
-    // The scales of weights and inputs, multiplied.
-    float scales[R][M][kSegment], raw[kSegment + 1], low[kSegment + 1];
-    int64_t first = start / in_group;
-    int64_t last = end == layout.blocks ? groups : end / in_group, some = last - first;
-    for (int r = 0; r < R; ++r) {
-      read_scales(m.scale, m.scale_kind, (out + r) * groups + first, some, raw);
-      if (m.low != nullptr)
-        read_scales(m.low, m.scale_kind, (out + r) * groups + first, some, low);
-      for (int i = 0; i < M; ++i) {
-        const float* inputs = x + i * x_row + layout.scales + start;
-        const float* sums = x + i * x_row + layout.sums + first;
-        if (in_group == 1)
-          for (int64_t b = 0; b < count; ++b) scales[r][i][b] = raw[b] * inputs[b];
-        else
-          for (int64_t b = 0, g = 0; b < count; ++g)
-            for (int64_t stop = std::min(count, (first + g + 1) * in_group - start); b < stop; ++b)
-              scales[r][i][b] = raw[g] * inputs[b];
-        if (m.low != nullptr)
-          for (int64_t g = 0; g < some; ++g) rest[r][i] += low[g] * sums[g];
-      }
-    }
-    const char* rows[R];
-    constexpr int64_t kBytes = std::is_same<Read, ReadU4>::value ? kBlock / 2 : kBlock;
-    int64_t row_bytes = m.kind == PUNA_U4 ? (m.in + 1) / 2 : m.in;
-    for (int r = 0; r < R; ++r) rows[r] = static_cast<const char*>(m.data) + (out + r) * row_bytes;
-    const int16_t* numbers = reinterpret_cast<const int16_t*>(x);
-    for (int64_t b = 0; b < count; ++b) {
-      prefetch<kBytes * R>(rows[0] + R * row_bytes + (start + b) * kBytes * R);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        Block weights(rows[r], start + b);
-#pragma GCC unroll 8
-        for (int i = 0; i < M; ++i)
-          total[r][i] += splat_partial(scales[r][i][b]) *
-                         times(weights, numbers + 2 * i * x_row + (start + b) * kBlock);
-      }
+// What a row's minima add: each times the sum of its group's inputs.
+PUNA_INLINE float sum_of_lows(const PunaMatrix& m, int64_t out, const float* sums) {
+  Floats total{};
+  int64_t groups = groups_of(m);
+  for (int64_t start = 0; start < groups; start += kSegment) {
+    float lows[kSegment];
+    int64_t count = std::min(kSegment, groups - start);
+    read_floats(m.low, m.scale_kind, out * groups + start, count, lows);
+    std::fill(lows + count, lows + whole_vectors(count), 0.0f);
+    for (int64_t g = 0; g < count; g += kLanes)
+      total += load<Floats>(lows + g) * load<Floats>(sums + start + g);
+  }
+  return sum(total);
+}
+
+// `count` numbers of blocks from those of groups, `times` blocks each; the first `skip` are left out.
+PUNA_INLINE const float* repeat(const float* groups, int64_t times, int64_t skip, int64_t count,
+                                float* to) {
+  if (times == 2 && skip == 0) {
+    for (int64_t b = 0; b < count; b += 2, ++groups) to[b] = to[b + 1] = *groups;
+  } else if (times == 4 && skip == 0) {
+    for (int64_t b = 0; b < count; b += 4, ++groups)
+      to[b] = to[b + 1] = to[b + 2] = to[b + 3] = *groups;
+  } else {
+    for (int64_t b = 0, stop = times - skip; b < count; stop += times, ++groups) {
+      int64_t end = std::min(stop, count);
+      std::fill(to + b, to + end, *groups);
+      b = end;
     }
   }
+  return to;
+}
+
+// R results of each of M rows. `halves`: a scale for each half of a unit, as 4 bits always have it,
+// and 8 bits in groups of 16.
+template <int32_t kind, bool halves, int M, int R>
+PUNA_INLINE void quantized_some(const PunaMatrix& m, const float* x, int64_t x_row, int64_t out,
+                                float* y, int64_t y_stride) {
+  constexpr int64_t kEach = kind == PUNA_U4 ? 2 : 1;               // blocks of a unit
+  constexpr int64_t kSplit = kind == PUNA_I8 && halves ? 2 : 1;    // scales of a block
+  constexpr int64_t kScales = kSegment * kSplit;
+  QuantizedLayout layout(m);
+  int64_t groups = groups_of(m), in_group = std::max<int64_t>(1, m.group / kBlock);
+  int64_t row_bytes = kind == PUNA_U4 ? (m.in + 1) / 2 : m.in;
+  const char* rows = static_cast<const char*>(m.data) + out * row_bytes;
+  Sums total[R][M] = {};
+  Floats common[R][M] = {};
+  for (int64_t start = 0; start < layout.blocks; start += kSegment) {
+    int64_t count = std::min(kSegment, layout.blocks - start);
+    // The scales of weights and inputs, multiplied; zero where a unit has no second half.
+    float scales[R][M][kScales], raw[kScales + kLanes], repeated[kSegment + kLanes];
+    int64_t first = start * kSplit / in_group;
+    int64_t some = ((start + count) * kSplit + in_group - 1) / in_group - first;
+    for (int r = 0; r < R; ++r) {
+      read_floats(m.scale, m.scale_kind, (out + r) * groups + first, some, raw);
+      std::fill(raw + some, raw + whole_vectors(some), 0.0f);
+      const float* each = raw;  // block's
+      if (in_group > 1) each = repeat(raw, in_group, start - first * in_group, count, repeated);
+      for (int i = 0; i < M; ++i) {
+        const float* inputs = x + i * x_row + layout.scales + start;
+        float* to = scales[r][i];
+        if (kSplit == 2)
+          for (int64_t h = 0; h < 2 * count; ++h) to[h] = raw[h] * inputs[h / 2];
+        else
+          for (int64_t b = 0; b < count; b += kLanes)
+            store(to + b, load<Floats>(each + b) * load<Floats>(inputs + b));
+        const float* sums = x + i * x_row + layout.sums + start;
+        for (int64_t b = 0; is_centred(m) && b < count; b += kLanes)
+          common[r][i] += load<Floats>(each + b) * load<Floats>(sums + b);
+        if (count % kEach != 0) to[count] = 0.0f;
+      }
+    }
+    const char* weights = rows + start / kEach * kUnitBytes;
+    const char* ahead = rows + R * row_bytes + start / kEach * kUnitBytes * R;
+    const int16_t* inputs = reinterpret_cast<const int16_t*>(x) + start * kBlock;
+    const float* scale = scales[0][0];
+    for (int64_t left = count / kEach; left > 0; --left) {
+      prefetch<kUnitBytes * R>(ahead);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r)
+        add_unit<kind, halves, M>(Unit<kind>::all(weights + r * row_bytes), inputs, x_row,
+                                  scale + r * M * kScales, kScales, total[r]);
+      weights += kUnitBytes, ahead += kUnitBytes * R;
+      inputs += Unit<kind>::kInputs, scale += kEach * kSplit;
+    }
+    if (count % kEach == 0) continue;
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+      add_unit<kind, halves, M>(Unit<kind>::half(weights + r * row_bytes), inputs, x_row,
+                                scale + r * M * kScales, kScales, total[r]);
+  }
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
-    Read reader(m, out + r);
+    std::conditional_t<kind == PUNA_U4, ReadU4, ReadI8> reader(m, out + r);
+#pragma GCC unroll 8
     for (int i = 0; i < M; ++i) {
-      float result = sum_partial(total[r][i]) + rest[r][i];
+      const float* row = x + i * x_row;
+      float result = sum_of(total[r][i]);
+      if (is_centred(m)) result += centre(m) * sum(common[r][i]);
+      if (m.low != nullptr) result += sum_of_lows(m, out + r, row + layout.sums);
       for (int64_t k = layout.blocks * kBlock; k < m.in; ++k)
         result += read_float(m.scale, m.scale_kind, (out + r) * groups + k / m.group) *
-                  (reader.one(k) + centre(m)) * x[i * x_row + layout.tail + k - layout.blocks * kBlock];
+                  (reader.one(k) + centre(m)) * row[layout.tail + k - layout.blocks * kBlock];
       y[i * y_stride + r] = result;
     }
   }

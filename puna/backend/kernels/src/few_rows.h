@@ -49,10 +49,7 @@ inline void few_prepare(const PunaMatrix& m, const void* x, int32_t x_kind, int6
       }
       continue;
     }
-    if (x_kind == PUNA_F32)
-      std::memcpy(to, static_cast<const float*>(x) + row * m.in, 4 * m.in);
-    else
-      for (int64_t k = 0; k < m.in; ++k) to[k] = read_float(x, x_kind, row * m.in + k);
+    read_floats(x, x_kind, row * m.in, m.in, to);
     if (m.kind != PUNA_BF16) continue;
     float step[kStep];  // in the order of the weights' steps
     for (int64_t k = 0; k < m.in / kStep * kStep; k += kStep) {
@@ -97,10 +94,10 @@ template <typename Read, int M, int R>
 PUNA_INLINE void few_some(const PunaMatrix& m, const float* x, int64_t x_row, int64_t out, float* y,
                           int64_t y_stride) {
   if constexpr (std::is_same<Read, ReadI8>::value)
-    quantized_some<Read, BlockI8, M, R>(m, x, x_row, out, y, y_stride);
+    m.group < kBlock ? quantized_some<PUNA_I8, true, M, R>(m, x, x_row, out, y, y_stride)
+                     : quantized_some<PUNA_I8, false, M, R>(m, x, x_row, out, y, y_stride);
   else if constexpr (std::is_same<Read, ReadU4>::value)
-    m.low == nullptr ? quantized_some<Read, BlockCentred4, M, R>(m, x, x_row, out, y, y_stride)
-                     : quantized_some<Read, BlockU4, M, R>(m, x, x_row, out, y, y_stride);
+    quantized_some<PUNA_U4, true, M, R>(m, x, x_row, out, y, y_stride);
   else
     floats_some<Read, M, R>(m, x, x_row, out, y, y_stride);
 }

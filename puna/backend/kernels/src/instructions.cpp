@@ -2,16 +2,21 @@
 
 #include "attention.h"
 #include "kernel_table.h"
-#include "many_rows.h"
+#include "many_quantized.h"
 
 namespace puna {
 namespace PUNA_ISA {
 
 static void finish(const float* y, const float* up, int64_t stride, int64_t count, void* to,
-                   int32_t kind, int64_t at) {
+                   int32_t kind, int64_t at, bool add) {
   for (int64_t i = 0; i < count; ++i) {
     float value = y[i * stride];
     if (up != nullptr) value = value / (1.0f + std::exp(-value)) * up[i * stride];
+    if (add) {  // as two steps would: the result is rounded, and then the sum
+      float before = read_float(to, kind, at + i);
+      write_float(to, kind, at + i, value);
+      value = before + read_float(to, kind, at + i);
+    }
     write_float(to, kind, at + i, value);
   }
 }
@@ -52,10 +57,11 @@ static uint64_t read(const uint8_t* data, int64_t bytes) {
 }  // namespace PUNA_ISA
 
 const KernelTable PUNA_TABLE = {
-    PUNA_ISA::few_parts,    PUNA_ISA::few_scratch,  PUNA_ISA::few_prepare,  PUNA_ISA::few,          PUNA_ISA::kTile,
-    PUNA_ISA::many_scratch, PUNA_ISA::many_pack,    PUNA_ISA::many,         PUNA_ISA::back_scratch,
-    PUNA_ISA::back_pack,    PUNA_ISA::back,         PUNA_ISA::finish,       PUNA_ISA::attention_scratch,
-    PUNA_ISA::attention,    PUNA_ISA::rms_norm,     PUNA_ISA::read,
+    PUNA_ISA::few_parts, PUNA_ISA::few_scratch, PUNA_ISA::few_prepare, PUNA_ISA::few,
+    PUNA_ISA::kTile, PUNA_ISA::any_scratch, PUNA_ISA::any_pack, PUNA_ISA::any_many,
+    PUNA_ISA::back_scratch, PUNA_ISA::back_pack, PUNA_ISA::back,
+    PUNA_ISA::finish, PUNA_ISA::attention_scratch, PUNA_ISA::attention, PUNA_ISA::rms_norm,
+    PUNA_ISA::read,
 };
 
 }  // namespace puna

@@ -23,12 +23,12 @@ struct KernelTable {
 
   // Rows are taken in tiles of `tile`; `many_pack` puts one tile of x, all inputs, in its place.
   int64_t tile;
-  int64_t (*many_scratch)(const PunaMatrix& m, int64_t rows);
+  int64_t (*many_scratch)(const PunaMatrix& m, int32_t x_kind, int64_t rows);
   void (*many_pack)(const PunaMatrix& m, const void* x, int32_t x_kind, int64_t rows,
                     int64_t which, float* scratch);
   // As `few`, with the results transposed: y [end - begin, tiles * tile].
-  void (*many)(const PunaMatrix& m, const float* scratch, int64_t rows, int64_t begin, int64_t end,
-               float* y);
+  void (*many)(const PunaMatrix& m, int32_t x_kind, const float* scratch, int64_t rows,
+               int64_t begin, int64_t end, float* y);
   // x [end - begin, tiles * tile] for inputs [begin, end), from y packed by `back_pack`.
   int64_t (*back_scratch)(const PunaMatrix& m, int64_t rows);
   void (*back_pack)(const PunaMatrix& m, const void* y, int32_t y_kind, int64_t rows,
@@ -36,9 +36,9 @@ struct KernelTable {
   void (*back)(const PunaMatrix& m, const float* scratch, int64_t rows, int64_t begin, int64_t end,
                float* x);
 
-  // Writes `count` results of one row; with `up`, silu(y) * up.
+  // Writes `count` results of one row; with `up`, silu(y) * up. Or adds them to what is there.
   void (*finish)(const float* y, const float* up, int64_t stride, int64_t count, void* to,
-                 int32_t kind, int64_t at);
+                 int32_t kind, int64_t at, bool add);
   int64_t (*attention_scratch)(const PunaAttention& a);
   void (*attention)(const PunaAttention& a, int64_t row, int64_t head, float* scratch);
   void (*rms_norm)(const void* x, int32_t kind, const void* weight, int32_t weight_kind,

@@ -73,6 +73,33 @@ typedef struct {
 
 const char* puna_attention(const PunaThreads* threads, const PunaAttention* attention);
 
+// A block of a Llama: its norms and matrices, and the cache that its new keys and values join.
+typedef struct {
+  const void* attention_norm;  // [width]
+  const void* mlp_norm;        // [width]
+  PunaMatrix query, key, value, out, gate, up, down;
+} PunaBlock;
+
+// A few new tokens on their way through blocks, one after another; see PunaAttention.
+typedef struct {
+  const PunaBlock* blocks;
+  void* const* keys;    // of each block, [rows, key_heads, capacity, head_size]
+  void* const* values;  // like keys
+  void* x;              // [rows, tokens, width]; what comes out of the last block replaces it
+  const float* cos;
+  const float* sin;
+  const int32_t* starts;
+  int64_t count, rows, tokens, width, query_heads, key_heads, head_size, capacity;
+  float scale, epsilon;
+  int32_t kind;       // of x, and of all between
+  int32_t norm_kind;  // of the norms' weights
+  int32_t cache_kind;
+} PunaBlocks;
+
+// At most 8 tokens in all. Each result of a matrix, a norm or an attention is rounded to `kind`, as
+// where they are called by themselves.
+const char* puna_blocks(const PunaThreads* threads, const PunaBlocks* blocks);
+
 // y [rows, width] = x over the root of its mean square and `epsilon`, times the weight [width]; on
 // this thread alone. x and y are of one kind.
 void puna_rms_norm(const void* x, int32_t kind, const void* weight, int32_t weight_kind,

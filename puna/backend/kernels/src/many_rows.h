@@ -89,11 +89,16 @@ PUNA_INLINE void widen(const PunaMatrix& m, int64_t out, int64_t begin, int64_t 
     float scale = read_float(m.scale, m.scale_kind, out * groups + g);
     float low = m.low == nullptr ? centre(m) * scale
                                  : read_float(m.low, m.scale_kind, out * groups + g);
-    for (; k < std::min(group_end, whole); k += kStep) {
-      Floats a, b;
-      reader.step(k, a, b);
-      store(to + k - begin, a * splat(scale) + splat(low));
-      store(to + k - begin + kLanes, b * splat(scale) + splat(low));
+    if constexpr (std::is_same<Read, ReadI8>::value) {  // a group may end within a step
+      for (; k + kLanes <= group_end; k += kLanes)
+        store(to + k - begin, bytes_to_floats(reader.row + k) * splat(scale) + splat(low));
+    } else {
+      for (; k < std::min(group_end, whole); k += kStep) {
+        Floats a, b;
+        reader.step(k, a, b);
+        store(to + k - begin, a * splat(scale) + splat(low));
+        store(to + k - begin + kLanes, b * splat(scale) + splat(low));
+      }
     }
     for (; k < group_end; ++k) to[k - begin] = scale * reader.one(k) + low;
   }

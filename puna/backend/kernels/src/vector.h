@@ -27,6 +27,7 @@ constexpr int kStep = 2 * kLanes;
 typedef float Floats __attribute__((vector_size(4 * PUNA_LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * PUNA_LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * PUNA_LANES)));
+typedef int16_t Shorts __attribute__((vector_size(2 * PUNA_LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * PUNA_LANES)));
 typedef int8_t SignedBytes __attribute__((vector_size(PUNA_LANES)));
 typedef uint8_t Bytes __attribute__((vector_size(PUNA_LANES)));
@@ -169,6 +170,23 @@ PUNA_INLINE Words bytes_to_words(const uint8_t* from) {
 #else
   return __builtin_convertvector(load<Bytes>(from), Words);
 #endif
+}
+
+// Floats [begin, begin + count) of any kind, as float32.
+PUNA_INLINE void read_floats(const void* from, int32_t kind, int64_t begin, int64_t count,
+                             float* to) {
+  if (kind == PUNA_F32) {
+    std::memcpy(to, static_cast<const float*>(from) + begin, 4 * count);
+    return;
+  }
+  const uint16_t* bits = static_cast<const uint16_t*>(from) + begin;
+  int64_t i = 0;
+  if (kind == PUNA_F16) {
+    for (; i + kLanes <= count; i += kLanes) store(to + i, halves_to_floats(bits + i));
+    for (; i < count; ++i) to[i] = from_f16(bits[i]);
+  } else {
+    for (; i < count; ++i) to[i] = from_bf16(bits[i]);
+  }
 }
 
 }  // namespace PUNA_ISA

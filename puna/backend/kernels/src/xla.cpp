@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
+#include <vector>
 
 #include "kernels.h"
 #include "threads.h"
@@ -83,16 +84,34 @@ int32_t kind_of(const Buffer& buffer) {
   }
 }
 
-int64_t attribute(const CallFrame* frame, const char* name) {
+int64_t find(const CallFrame* frame, const char* name) {
   const Attributes& all = frame->attributes;
-  for (int64_t i = 0; i < all.size; ++i) {
-    if (all.names[i]->size != std::strlen(name) ||
-        std::memcmp(all.names[i]->data, name, all.names[i]->size) != 0)
-      continue;
-    const Scalar& scalar = *static_cast<const Scalar*>(all.values[i]);
-    if (scalar.dtype == kS64) return *static_cast<const int64_t*>(scalar.value);
-  }
-  return 0;
+  for (int64_t i = 0; i < all.size; ++i)
+    if (all.names[i]->size == std::strlen(name) &&
+        std::memcmp(all.names[i]->data, name, all.names[i]->size) == 0)
+      return i;
+  return -1;
+}
+
+template <typename T>
+T attribute(const CallFrame* frame, const char* name, DataType dtype) {
+  int64_t at = find(frame, name);
+  if (at < 0) return 0;
+  const Scalar& scalar = *static_cast<const Scalar*>(frame->attributes.values[at]);
+  return scalar.dtype == dtype ? *static_cast<const T*>(scalar.value) : T{};
+}
+
+int64_t attribute(const CallFrame* frame, const char* name) {
+  return attribute<int64_t>(frame, name, kS64);
+}
+
+// Attribute `name`, an array of whole numbers; NULL where there is none of `size`.
+const int64_t* numbers(const CallFrame* frame, const char* name, int64_t size) {
+  int64_t at = find(frame, name);
+  if (at < 0) return nullptr;
+  const Array& array = *static_cast<const Array*>(frame->attributes.values[at]);
+  return array.dtype == kS64 && array.size == size_t(size) ? static_cast<const int64_t*>(array.data)
+                                                           : nullptr;
 }
 
 // A matrix from its buffers: data, and where it is quantized scale and perhaps low.
@@ -178,6 +197,56 @@ void* puna_xla_attention(void* pointer) {
   a.scale = 1.0f / std::sqrt(float(a.head_size));
   PunaThreads threads = threads_of(frame);
   const char* why = puna_attention(&threads, &a);
+  return why == nullptr ? nullptr : refuse(frame, why);
+}
+
+// Arguments: x [rows, tokens, width], cos, sin, starts, and of each block its two norms, the buffers
+// of its seven matrices, keys and values. Results: x, and each block's keys and values, which are
+// the arguments' memory. Attributes: of each matrix how many buffers it has, and its group.
+void* puna_xla_blocks(void* pointer) {
+  const CallFrame* frame = static_cast<const CallFrame*>(pointer);
+  if (answers_version(frame)) return nullptr;
+  Buffer **in = frame->arguments.buffers, **out = frame->results.buffers;
+  int64_t count = (frame->results.size - 1) / 2;
+  const int64_t* parts = numbers(frame, "parts", 7 * count);
+  const int64_t* groups = numbers(frame, "groups", 7 * count);
+  if (count < 1 || parts == nullptr || groups == nullptr)
+    return refuse(frame, "the blocks' matrices are not described");
+  PunaBlocks all{};
+  const Buffer& x = *in[0];
+  all.count = count, all.rows = x.dims[0], all.tokens = x.dims[1], all.width = x.dims[2];
+  all.cos = static_cast<const float*>(in[1]->data), all.sin = static_cast<const float*>(in[2]->data);
+  all.starts = static_cast<const int32_t*>(in[3]->data);
+  const int64_t* dims = out[1]->dims;
+  all.key_heads = dims[1], all.capacity = dims[2], all.head_size = dims[3];
+  all.kind = kind_of(x), all.norm_kind = kind_of(*in[4]);
+  all.cache_kind = out[1]->dtype == kU16 ? int32_t{PUNA_BF16} : kind_of(*out[1]);
+  all.scale = 1.0f / std::sqrt(float(all.head_size));
+  all.epsilon = attribute<float>(frame, "epsilon", kF32);
+  std::vector<PunaBlock> blocks(count);
+  std::vector<void*> keys(count), values(count);
+  Buffer** next = in + 4;
+  for (int64_t i = 0; i < count; ++i, parts += 7, groups += 7) {
+    PunaBlock& b = blocks[i];
+    b.attention_norm = (*next++)->data;
+    b.mlp_norm = (*next++)->data;
+    PunaMatrix* matrices[] = {&b.query, &b.key, &b.value, &b.out, &b.gate, &b.up, &b.down};
+    for (int j = 0; j < 7; ++j, next += parts[j - 1]) {
+      // What a matrix takes in is what another gives.
+      int64_t width = j == 3 ? b.query.out : j == 6 ? b.gate.out : all.width;
+      *matrices[j] = matrix_of(next, parts[j], width, groups[j]);
+    }
+    keys[i] = out[1 + 2 * i]->data;
+    values[i] = out[2 + 2 * i]->data;
+    if (keys[i] != (*next++)->data || values[i] != (*next++)->data)
+      return refuse(frame, "the cache was not given to be written to");
+  }
+  all.query_heads = blocks[0].query.out / all.head_size;
+  all.blocks = blocks.data(), all.keys = keys.data(), all.values = values.data();
+  all.x = out[0]->data;
+  if (all.x != x.data) std::memcpy(all.x, x.data, rows_of(x) * all.width * (all.kind == PUNA_F32 ? 4 : 2));
+  PunaThreads threads = threads_of(frame);
+  const char* why = puna_blocks(&threads, &all);
   return why == nullptr ? nullptr : refuse(frame, why);
 }
 

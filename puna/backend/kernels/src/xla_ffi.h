@@ -65,6 +65,12 @@ struct Scalar {
   void* value;
 };
 
+struct Array {
+  int32_t dtype;
+  size_t size;
+  void* data;
+};
+
 struct Attributes {
   size_t struct_size;
   ExtensionBase* extension_start;
