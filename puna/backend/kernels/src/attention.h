@@ -10,25 +10,6 @@
 namespace puna {
 namespace PUNA_ISA {
 
-// e to the power of each lane, for numbers up to 0; of float32's accuracy, and 0 below -87.
-PUNA_INLINE Floats exponential(Floats x) {
-  Words tiny = Words(x < splat(-87.0f));
-  Floats power = x * splat(1.44269504f);
-  // The nearest whole number, by what an addition of 1.5 · 2^23 leaves in the lowest bits.
-  Floats shifted = power + splat(12582912.0f);
-  Floats whole = shifted - splat(12582912.0f);
-  Floats rest = x - whole * splat(0.693145752f) - whole * splat(1.42860677e-6f);
-  Floats sum = splat(1.9875691500e-4f);
-  sum = sum * rest + splat(1.3981999507e-3f);
-  sum = sum * rest + splat(8.3334519073e-3f);
-  sum = sum * rest + splat(4.1665795894e-2f);
-  sum = sum * rest + splat(1.6666665459e-1f);
-  sum = sum * rest + splat(5.0000001201e-1f);
-  sum = sum * rest * rest + rest + splat(1.0f);
-  Words exponent = (Words(shifted) - Words(splat(12582912.0f)) + 127) << 23;
-  return Floats(Words(sum * Floats(exponent)) & ~tiny);
-}
-
 // How keys and values are kept.
 struct CacheF32 {
   typedef float Type;
@@ -59,24 +40,11 @@ PUNA_INLINE void turn(const PunaAttention& a, const void* x, int64_t at, const f
             read_float(x, a.kind, at + (h + H / 2) % H) * sin[h];
 }
 
-// The even and the odd lanes' neighbours, added: sums of pairs of a, then of b.
+// Sums of pairs of neighbouring lanes of a, then of b.
 PUNA_INLINE Floats add_pairs(Floats a, Floats b) {
-#if PUNA_LANES == 16
-  const Ints even{0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
-#elif PUNA_LANES == 8
-  const Ints even{0, 2, 4, 6, 8, 10, 12, 14};
-#else
-  const Ints even{0, 2, 4, 6};
-#endif
-#if defined(__clang__)
-  float both[2 * kLanes], evens[kLanes], odds[kLanes];
-  std::memcpy(both, &a, sizeof a);
-  std::memcpy(both + kLanes, &b, sizeof b);
-  for (int i = 0; i < kLanes; ++i) evens[i] = both[even[i]], odds[i] = both[even[i] + 1];
-  return load<Floats>(evens) + load<Floats>(odds);
-#else
-  return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, even + 1);
-#endif
+  Floats evens, odds;
+  part_pairs(a, b, evens, odds);
+  return evens + odds;
 }
 
 // A query's products with the keys of kLanes places, a lane each.

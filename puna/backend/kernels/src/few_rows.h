@@ -51,10 +51,11 @@ inline void few_prepare(const PunaMatrix& m, const void* x, int32_t x_kind, int6
     }
     read_floats(x, x_kind, row * m.in, m.in, to);
     if (m.kind != PUNA_BF16) continue;
-    float step[kStep];  // in the order of the weights' steps
-    for (int64_t k = 0; k < m.in / kStep * kStep; k += kStep) {
-      for (int i = 0; i < kStep; ++i) step[i] = to[interleaved(k + i)];
-      std::memcpy(to + k, step, sizeof step);
+    for (int64_t k = 0; k < m.in / kStep * kStep; k += kStep) {  // as the weights come apart
+      Floats evens, odds;
+      part_pairs(load<Floats>(to + k), load<Floats>(to + k + kLanes), evens, odds);
+      store(to + k, evens);
+      store(to + k + kLanes, odds);
     }
   }
 }
@@ -69,7 +70,7 @@ PUNA_INLINE void floats_some(const PunaMatrix& m, const float* x, int64_t x_row,
   int64_t whole = m.in / kStep * kStep;
   for (int64_t k = 0; k < whole; k += kStep) {
     constexpr int64_t kBytes = sizeof *readers[0].row * kStep;
-    if constexpr (M > 1) prefetch<kBytes * R>(readers[0].row + R * m.in + k * R);
+    prefetch<kBytes * R>(readers[0].row + R * m.in + k * R);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       Floats a, b;
@@ -106,7 +107,7 @@ template <typename Read, int M>
 void few_results(const PunaMatrix& m, const float* x, int64_t x_row, int64_t begin, int64_t end,
                  float* y, int64_t y_stride) {
   // As many results at once as there are registers for their sums, and for other rows' latency.
-  constexpr int R = M == 1 ? 4 : 2;
+  constexpr int R = M == 1 ? 4 : Read::kQuantized ? 2 : 3;
   int64_t out = begin;
   for (; out + R <= end; out += R) few_some<Read, M, R>(m, x, x_row, out, y + out - begin, y_stride);
   for (; out < end; ++out) few_some<Read, M, 1>(m, x, x_row, out, y + out - begin, y_stride);
@@ -117,7 +118,7 @@ void few_all(const PunaMatrix& m, const float* scratch, int64_t rows, int64_t be
              float* y, int64_t y_stride) {
   int64_t x_row = few_row(m);
   // More than four rows: some results for four of them, then for the next, with the weights near.
-  constexpr int64_t kNear = 4;
+  constexpr int64_t kNear = Read::kQuantized ? 4 : 6;
   for (int64_t some = begin; some < end; some += rows > 4 ? kNear : end - begin) {
     int64_t until = rows > 4 ? std::min(end, some + kNear) : end;
     for (int64_t row = 0; row < rows;) {

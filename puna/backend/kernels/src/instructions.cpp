@@ -1,5 +1,7 @@
 // The kernels for one set of instructions: compiled once for each, see CMakeLists.txt.
 
+#include <algorithm>
+
 #include "attention.h"
 #include "kernel_table.h"
 #include "many_quantized.h"
@@ -7,39 +9,58 @@
 namespace puna {
 namespace PUNA_ISA {
 
+constexpr int64_t kSome = 256;  // numbers that are read, changed and written at a time
+
+// silu(x) * up, in place.
+static void gate(float* x, const float* up, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    Floats value = load<Floats>(x + i);
+    Words sign = Words(value) & 0x80000000;
+    Floats power = exponential(Floats(Words(value) | 0x80000000));  // of -|x|
+    Floats top = Words(sign) != 0 ? power : splat(1.0f);
+    store(x + i, value * (top / (splat(1.0f) + power)) * load<Floats>(up + i));
+  }
+}
+
 static void finish(const float* y, const float* up, int64_t stride, int64_t count, void* to,
                    int32_t kind, int64_t at, bool add) {
-  for (int64_t i = 0; i < count; ++i) {
-    float value = y[i * stride];
-    if (up != nullptr) value = value / (1.0f + std::exp(-value)) * up[i * stride];
-    if (add) {  // as two steps would: the result is rounded, and then the sum
-      float before = read_float(to, kind, at + i);
-      write_float(to, kind, at + i, value);
-      value = before + read_float(to, kind, at + i);
+  for (int64_t start = 0; start < count; start += kSome) {
+    float values[kSome], others[kSome];
+    int64_t some = std::min(kSome, count - start);
+    for (int64_t i = 0; i < some; ++i) values[i] = y[(start + i) * stride];
+    if (up != nullptr) {
+      for (int64_t i = 0; i < some; ++i) others[i] = up[(start + i) * stride];
+      for (int64_t i = some; i % kLanes != 0; ++i) values[i] = others[i] = 0.0f;
+      gate(values, others, some);
     }
-    write_float(to, kind, at + i, value);
+    if (add) {  // as two steps would: the result is rounded, and then the sum
+      read_floats(to, kind, at + start, some, others);
+      write_floats(to, kind, at + start, some, values);
+      read_floats(to, kind, at + start, some, values);
+      for (int64_t i = 0; i < some; ++i) values[i] += others[i];
+    }
+    write_floats(to, kind, at + start, some, values);
   }
 }
 
 static void rms_norm(const void* x, int32_t kind, const void* weight, int32_t weight_kind,
                      float epsilon, int64_t width, int64_t at, void* y) {
-  float squares[8] = {};
-  int64_t whole = width / 8 * 8;
-  for (int64_t i = 0; i < whole; i += 8)
-    for (int j = 0; j < 8; ++j) {
-      float value = read_float(x, kind, at + i + j);
-      squares[j] += value * value;
-    }
-  float total = 0.0f;
-  for (int64_t i = whole; i < width; ++i) {
-    float value = read_float(x, kind, at + i);
-    total += value * value;
+  float values[kSome], weights[kSome];
+  Floats squares{};
+  for (int64_t start = 0; start < width; start += kSome) {
+    int64_t some = std::min(kSome, width - start);
+    read_floats(x, kind, at + start, some, values);
+    for (int64_t i = some; i % kLanes != 0; ++i) values[i] = 0.0f;
+    for (int64_t i = 0; i < some; i += kLanes) squares += load<Floats>(values + i) * load<Floats>(values + i);
   }
-  for (int j = 0; j < 8; ++j) total += squares[j];
-  float inverse = 1.0f / std::sqrt(total / float(width) + epsilon);
-  for (int64_t i = 0; i < width; ++i)
-    write_float(y, kind, at + i,
-                read_float(x, kind, at + i) * inverse * read_float(weight, weight_kind, i));
+  float inverse = 1.0f / std::sqrt(sum(squares) / float(width) + epsilon);
+  for (int64_t start = 0; start < width; start += kSome) {
+    int64_t some = std::min(kSome, width - start);
+    read_floats(x, kind, at + start, some, values);
+    read_floats(weight, weight_kind, start, some, weights);
+    for (int64_t i = 0; i < some; ++i) values[i] = values[i] * inverse * weights[i];
+    write_floats(y, kind, at + start, some, values);
+  }
 }
 
 static uint64_t read(const uint8_t* data, int64_t bytes) {

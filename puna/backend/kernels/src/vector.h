@@ -71,6 +71,45 @@ PUNA_INLINE float sum(Floats v) {
   return lanes[0];
 }
 
+// The even and the odd lanes of a, then of b.
+PUNA_INLINE void part_pairs(Floats a, Floats b, Floats& evens, Floats& odds) {
+#if defined(__clang__)
+  float both[2 * kLanes], even[kLanes], odd[kLanes];
+  std::memcpy(both, &a, sizeof a);
+  std::memcpy(both + kLanes, &b, sizeof b);
+  for (int i = 0; i < kLanes; ++i) even[i] = both[2 * i], odd[i] = both[2 * i + 1];
+  evens = load<Floats>(even), odds = load<Floats>(odd);
+#else
+#if PUNA_LANES == 16
+  const Ints even{0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+#elif PUNA_LANES == 8
+  const Ints even{0, 2, 4, 6, 8, 10, 12, 14};
+#else
+  const Ints even{0, 2, 4, 6};
+#endif
+  evens = __builtin_shuffle(a, b, even), odds = __builtin_shuffle(a, b, even + 1);
+#endif
+}
+
+// e to the power of each lane, for numbers up to 0; of float32's accuracy, and 0 below -87.
+PUNA_INLINE Floats exponential(Floats x) {
+  Words tiny = Words(x < splat(-87.0f));
+  Floats power = x * splat(1.44269504f);
+  // The nearest whole number, by what an addition of 1.5 · 2^23 leaves in the lowest bits.
+  Floats shifted = power + splat(12582912.0f);
+  Floats whole = shifted - splat(12582912.0f);
+  Floats rest = x - whole * splat(0.693145752f) - whole * splat(1.42860677e-6f);
+  Floats sum = splat(1.9875691500e-4f);
+  sum = sum * rest + splat(1.3981999507e-3f);
+  sum = sum * rest + splat(8.3334519073e-3f);
+  sum = sum * rest + splat(4.1665795894e-2f);
+  sum = sum * rest + splat(1.6666665459e-1f);
+  sum = sum * rest + splat(5.0000001201e-1f);
+  sum = sum * rest * rest + rest + splat(1.0f);
+  Words exponent = (Words(shifted) - Words(splat(12582912.0f)) + 127) << 23;
+  return Floats(Words(sum * Floats(exponent)) & ~tiny);
+}
+
 PUNA_INLINE float from_bf16(uint16_t bits) {
   uint32_t word = uint32_t{bits} << 16;
   float f;
@@ -187,6 +226,26 @@ PUNA_INLINE void read_floats(const void* from, int32_t kind, int64_t begin, int6
   } else {
     for (; i < count; ++i) to[i] = from_bf16(bits[i]);
   }
+}
+
+// The inverse: `count` floats, rounded to the nearest, from place `begin` on.
+PUNA_INLINE void write_floats(void* to, int32_t kind, int64_t begin, int64_t count,
+                              const float* from) {
+  if (kind == PUNA_F32) {
+    std::memcpy(static_cast<float*>(to) + begin, from, 4 * count);
+    return;
+  }
+  uint16_t* bits = static_cast<uint16_t*>(to) + begin;
+  int64_t i = 0;
+  for (; kind == PUNA_BF16 && i + kLanes <= count; i += kLanes) {
+    Words word = load<Words>(from + i);
+    Words rounded = (word + 0x7fff + ((word >> 16) & 1)) >> 16;
+    Words number = Words((word & 0x7fffffff) <= 0x7f800000);  // else it stays none
+    Words wide = (rounded & number) | (((word >> 16) | 0x40) & ~number);
+    Halves narrow = __builtin_convertvector(wide, Halves);
+    std::memcpy(bits + i, &narrow, sizeof narrow);
+  }
+  for (; i < count; ++i) bits[i] = kind == PUNA_BF16 ? to_bf16(from[i]) : to_f16(from[i]);
 }
 
 }  // namespace PUNA_ISA
