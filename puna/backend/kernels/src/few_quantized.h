@@ -284,13 +284,15 @@ PUNA_INLINE const float* repeat(const float* groups, int64_t times, int64_t skip
 // and 8 bits in groups of 16.
 template <int32_t kind, bool halves, int M, int R>
 PUNA_INLINE void quantized_some(const PunaMatrix& m, const float* x, int64_t x_row, int64_t out,
-                                float* y, int64_t y_stride) {
+                                int64_t apart, float* y, int64_t y_stride) {
   constexpr int64_t kEach = kind == PUNA_U4 ? 2 : 1;               // blocks of a unit
   constexpr int64_t kSplit = kind == PUNA_I8 && halves ? 2 : 1;    // scales of a block
   constexpr int64_t kScales = kSegment * kSplit;
   QuantizedLayout layout(m);
   int64_t groups = groups_of(m), in_group = std::max<int64_t>(1, m.group / kBlock);
   int64_t row_bytes = kind == PUNA_U4 ? (m.in + 1) / 2 : m.in;
+  // As far as the row that comes next in each stream.
+  int64_t apart_bytes = apart * row_bytes, ahead = row_bytes * (apart == 1 ? R : 1);
   const char* rows = static_cast<const char*>(m.data) + out * row_bytes;
   Sums total[R][M] = {};
   Floats common[R][M] = {};
@@ -301,7 +303,7 @@ PUNA_INLINE void quantized_some(const PunaMatrix& m, const float* x, int64_t x_r
     int64_t first = start * kSplit / in_group;
     int64_t some = ((start + count) * kSplit + in_group - 1) / in_group - first;
     for (int r = 0; r < R; ++r) {
-      read_floats(m.scale, m.scale_kind, (out + r) * groups + first, some, raw);
+      read_floats(m.scale, m.scale_kind, (out + r * apart) * groups + first, some, raw);
       std::fill(raw + some, raw + whole_vectors(some), 0.0f);
       const float* each = raw;  // block's
       if (in_group > 1) each = repeat(raw, in_group, start - first * in_group, count, repeated);
@@ -320,37 +322,37 @@ PUNA_INLINE void quantized_some(const PunaMatrix& m, const float* x, int64_t x_r
       }
     }
     const char* weights = rows + start / kEach * kUnitBytes;
-    const char* ahead = rows + R * row_bytes + start / kEach * kUnitBytes * R;
     const int16_t* inputs = reinterpret_cast<const int16_t*>(x) + start * kBlock;
     const float* scale = scales[0][0];
     for (int64_t left = count / kEach; left > 0; --left) {
-      prefetch<kUnitBytes * R>(ahead);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r)
-        add_unit<kind, halves, M>(Unit<kind>::all(weights + r * row_bytes), inputs, x_row,
+      for (int r = 0; r < R; ++r) {
+        __builtin_prefetch(weights + r * apart_bytes + ahead);
+        add_unit<kind, halves, M>(Unit<kind>::all(weights + r * apart_bytes), inputs, x_row,
                                   scale + r * M * kScales, kScales, total[r]);
-      weights += kUnitBytes, ahead += kUnitBytes * R;
+      }
+      weights += kUnitBytes;
       inputs += Unit<kind>::kInputs, scale += kEach * kSplit;
     }
     if (count % kEach == 0) continue;
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
-      add_unit<kind, halves, M>(Unit<kind>::half(weights + r * row_bytes), inputs, x_row,
+      add_unit<kind, halves, M>(Unit<kind>::half(weights + r * apart_bytes), inputs, x_row,
                                 scale + r * M * kScales, kScales, total[r]);
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
-    std::conditional_t<kind == PUNA_U4, ReadU4, ReadI8> reader(m, out + r);
+    std::conditional_t<kind == PUNA_U4, ReadU4, ReadI8> reader(m, out + r * apart);
 #pragma GCC unroll 8
     for (int i = 0; i < M; ++i) {
       const float* row = x + i * x_row;
       float result = sum_of(total[r][i]);
       if (is_centred(m)) result += centre(m) * sum(common[r][i]);
-      if (m.low != nullptr) result += sum_of_lows(m, out + r, row + layout.sums);
+      if (m.low != nullptr) result += sum_of_lows(m, out + r * apart, row + layout.sums);
       for (int64_t k = layout.blocks * kBlock; k < m.in; ++k)
-        result += read_float(m.scale, m.scale_kind, (out + r) * groups + k / m.group) *
+        result += read_float(m.scale, m.scale_kind, (out + r * apart) * groups + k / m.group) *
                   (reader.one(k) + centre(m)) * row[layout.tail + k - layout.blocks * kBlock];
-      y[i * y_stride + r] = result;
+      y[i * y_stride + r * apart] = result;
     }
   }
 }

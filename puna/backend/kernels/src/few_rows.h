@@ -60,17 +60,18 @@ inline void few_prepare(const PunaMatrix& m, const void* x, int32_t x_kind, int6
   }
 }
 
-// R results of each of M rows.
+// R results of each of M rows: from `out` on, `apart` from one to the next.
 template <typename Read, int M, int R>
 PUNA_INLINE void floats_some(const PunaMatrix& m, const float* x, int64_t x_row, int64_t out,
-                             float* y, int64_t y_stride) {
+                             int64_t apart, float* y, int64_t y_stride) {
   Read readers[R];
   Floats total[R][M] = {};
-  for (int r = 0; r < R; ++r) readers[r] = Read(m, out + r);
+  for (int r = 0; r < R; ++r) readers[r] = Read(m, out + r * apart);
   int64_t whole = m.in / kStep * kStep;
   for (int64_t k = 0; k < whole; k += kStep) {
     constexpr int64_t kBytes = sizeof *readers[0].row * kStep;
-    prefetch<kBytes * R>(readers[0].row + R * m.in + k * R);
+    if (apart == 1) prefetch<kBytes * R>(readers[0].row + R * m.in + k * R);
+    else for (int r = 0; r < R; ++r) __builtin_prefetch(readers[r].row + m.in + k);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       Floats a, b;
@@ -86,21 +87,21 @@ PUNA_INLINE void floats_some(const PunaMatrix& m, const float* x, int64_t x_row,
     for (int i = 0; i < M; ++i) {
       float result = sum(total[r][i]);
       for (int64_t k = whole; k < m.in; ++k) result += readers[r].one(k) * x[i * x_row + k];
-      y[i * y_stride + r] = result;
+      y[i * y_stride + r * apart] = result;
     }
   }
 }
 
 template <typename Read, int M, int R>
-PUNA_INLINE void few_some(const PunaMatrix& m, const float* x, int64_t x_row, int64_t out, float* y,
-                          int64_t y_stride) {
+PUNA_INLINE void few_some(const PunaMatrix& m, const float* x, int64_t x_row, int64_t out,
+                          int64_t apart, float* y, int64_t y_stride) {
   if constexpr (std::is_same<Read, ReadI8>::value)
-    m.group < kBlock ? quantized_some<PUNA_I8, true, M, R>(m, x, x_row, out, y, y_stride)
-                     : quantized_some<PUNA_I8, false, M, R>(m, x, x_row, out, y, y_stride);
+    m.group < kBlock ? quantized_some<PUNA_I8, true, M, R>(m, x, x_row, out, apart, y, y_stride)
+                     : quantized_some<PUNA_I8, false, M, R>(m, x, x_row, out, apart, y, y_stride);
   else if constexpr (std::is_same<Read, ReadU4>::value)
-    quantized_some<PUNA_U4, true, M, R>(m, x, x_row, out, y, y_stride);
+    quantized_some<PUNA_U4, true, M, R>(m, x, x_row, out, apart, y, y_stride);
   else
-    floats_some<Read, M, R>(m, x, x_row, out, y, y_stride);
+    floats_some<Read, M, R>(m, x, x_row, out, apart, y, y_stride);
 }
 
 template <typename Read, int M>
@@ -109,8 +110,15 @@ void few_results(const PunaMatrix& m, const float* x, int64_t x_row, int64_t beg
   // As many results at once as there are registers for their sums, and for other rows' latency.
   constexpr int R = M == 1 ? 4 : Read::kQuantized ? 2 : 3;
   int64_t out = begin;
-  for (; out + R <= end; out += R) few_some<Read, M, R>(m, x, x_row, out, y + out - begin, y_stride);
-  for (; out < end; ++out) few_some<Read, M, 1>(m, x, x_row, out, y + out - begin, y_stride);
+  if constexpr (M == 1) {  // R streams through the weights, each as long as can be
+    int64_t each = (end - begin) / R;
+    for (int64_t i = 0; i < each; ++i)
+      few_some<Read, M, R>(m, x, x_row, begin + i, each, y + i, y_stride);
+    out += each * R;
+  }
+  for (; out + R <= end; out += R)
+    few_some<Read, M, R>(m, x, x_row, out, 1, y + out - begin, y_stride);
+  for (; out < end; ++out) few_some<Read, M, 1>(m, x, x_row, out, 1, y + out - begin, y_stride);
 }
 
 template <typename Read>
