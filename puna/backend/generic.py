@@ -106,7 +106,7 @@ def call_block(
 
 
 def call_blocks(
-    blocks: Sequence[BlockWeights],
+    blocks: Callable[[], Sequence[BlockWeights] | None],
     epsilon: float,
     x_BTD: Tensor,
     rotary: tuple[Tensor, Tensor],

@@ -171,7 +171,7 @@ def call_block(
 
 
 def call_blocks(
-    blocks: Sequence[BlockWeights],
+    blocks: Callable[[], Sequence[BlockWeights] | None],
     epsilon: float,
     x_BTD: Tensor,
     rotary: tuple[Tensor, Tensor],
@@ -179,9 +179,12 @@ def call_blocks(
     place: Place,
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]] | None:
     """See `BackendOps.call_blocks`; in place where the cache was donated."""
-    if not jax_calls.takes_blocks(blocks, x_BTD, cache):
+    if not jax_calls.attends((x_BTD,), cache[0]):
         return None
-    return jax_calls.call_blocks(blocks, epsilon, x_BTD, rotary, cache, place.start_B)
+    weights = blocks()
+    if weights is None or not jax_calls.takes_blocks(weights):
+        return None
+    return jax_calls.call_blocks(weights, epsilon, x_BTD, rotary, cache, place.start_B)
 
 
 def cache_dtype(compute_dtype: str, wanted: str | None = None) -> str:

@@ -169,7 +169,7 @@ class BackendOps(Protocol):
 
     def call_blocks(
         self,
-        blocks: Sequence[BlockWeights],
+        blocks: Callable[[], Sequence[BlockWeights] | None],
         epsilon: float,
         x_BTD: Tensor,
         rotary: tuple[Tensor, Tensor],
@@ -179,7 +179,8 @@ class BackendOps(Protocol):
         """A few new tokens through all blocks in one native call, or None where there is none.
 
         Args:
-            blocks: what each computes with.
+            blocks: gives what each computes with, if all are plain; in a compiled step the result
+                may be kept for as long as the step's variables have the same memory.
             epsilon: the norms'.
             x_BTD: what goes into the first block.
             rotary: what `rotate` takes.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -130,8 +131,38 @@ def attention(
     return out.reshape(B, N, T, H).to(query_BNTH.dtype)
 
 
+class _Memory:
+    """What a compiled step has prepared, and the memory of the variables for which it did."""
+
+    addresses: tuple[int, ...] = ()
+    blocks: torch_calls.PreparedBlocks | None = None
+
+
+class _Step(threading.local):
+    """The step that runs."""
+
+    memory: _Memory | None = None
+
+
+_step = _Step()
+
+
+def _remembered(
+    blocks: Callable[[], Sequence[BlockWeights] | None],
+) -> torch_calls.PreparedBlocks | None:
+    """The blocks as the native call takes them, which a compiled step prepares once."""
+    memory = _step.memory
+    if memory is not None and memory.blocks is not None:
+        return memory.blocks
+    weights = blocks()
+    prepared = None if weights is None else torch_calls.prepare_blocks(weights)
+    if memory is not None:
+        memory.blocks = prepared
+    return prepared
+
+
 def call_blocks(
-    blocks: Sequence[BlockWeights],
+    blocks: Callable[[], Sequence[BlockWeights] | None],
     epsilon: float,
     x_BTD: Tensor,
     rotary: tuple[Tensor, Tensor],
@@ -139,7 +170,9 @@ def call_blocks(
     place: Place,
 ) -> tuple[Tensor, Sequence[tuple[Tensor, Tensor]]] | None:
     """See `BackendOps.call_blocks`; the caches are written to."""
-    out = torch_calls.call_blocks(blocks, epsilon, x_BTD, rotary, cache, place.start_B)
+    out = torch_calls.call_blocks(
+        lambda: _remembered(blocks), epsilon, x_BTD, rotary, cache, place.start_B
+    )
     return None if out is None else (out, cache)
 
 
@@ -258,11 +291,19 @@ def compile_step(
     function: Callable[..., Any], variables: Sequence[Any], donate: Sequence[int] = ()
 ) -> Callable[..., Any]:
     """See `BackendOps.compile_step`; torch runs the function as it is."""
-    del variables, donate
+    del donate
+    memory = _Memory()
 
     def step(*args: Any) -> Any:
-        with torch.inference_mode():
-            return function(*args)
+        addresses = tuple([value(variable).data_ptr() for variable in variables])
+        if addresses != memory.addresses:
+            memory.addresses, memory.blocks = addresses, None
+        before, _step.memory = _step.memory, memory
+        try:
+            with torch.inference_mode():
+                return function(*args)
+        finally:
+            _step.memory = before
 
     return step
 

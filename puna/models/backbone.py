@@ -10,7 +10,7 @@ import keras
 from keras import ops
 
 from puna import backend
-from puna.backend.protocol import Place, Tensor
+from puna.backend.protocol import BlockWeights, Place, Tensor
 from puna.checkpoint.variable_names import tensor_name
 from puna.config import LlamaConfig
 from puna.layers.block import Block
@@ -191,14 +191,18 @@ class Llama3Backbone(Quantizable, keras.Model):
         """All blocks in one native call, where that can be."""
         if x_BTD.shape[0] * x_BTD.shape[1] > backend.ops.BLOCKS_CALL_TOKENS:
             return None
-        plain = [layer for layer in cache if isinstance(layer, LayerCache)]
-        blocks = [block.plain_weights() for block in self.transformer_layers]
-        weights = [block for block in blocks if block is not None]
-        if not len(plain) == len(weights) == len(cache):
+        layers = [layer for layer in cache if isinstance(layer, LayerCache)]
+        if len(layers) < len(cache):
             return None
         epsilon = self.config.rms_norm_eps
-        done = backend.ops.call_blocks(weights, epsilon, x_BTD, rotary, plain, place)
+        done = backend.ops.call_blocks(self._plain_weights, epsilon, x_BTD, rotary, layers, place)
         return done and (done[0], tuple(LayerCache(*layer) for layer in done[1]))
+
+    def _plain_weights(self) -> list[BlockWeights] | None:
+        """What each block computes with, where all are plain."""
+        found = [block.plain_weights() for block in self.transformer_layers]
+        weights = [block for block in found if block is not None]
+        return weights if len(weights) == len(found) else None
 
     def compute_output_spec(self, inputs: Any, training: bool = False) -> keras.KerasTensor:
         """The hidden states' shape and dtype, for functional models."""

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
-from puna.backend.kernels.library import FEW_TOKENS, FLOATS, library
+from puna.backend.kernels.library import FLOATS, library
 from puna.backend.packed import Packed
 from puna.backend.protocol import BlockWeights, Tensor
 
@@ -164,19 +164,11 @@ def attends(projected: Sequence[Tensor], cache: Sequence[Tensor]) -> bool:
     )
 
 
-def takes_blocks(
-    blocks: Sequence[BlockWeights], x: Tensor, cache: Sequence[tuple[Tensor, Tensor]]
-) -> bool:
-    """Whether one call takes these new tokens through all blocks."""
-    B, T, _ = x.shape
-    kinds = {norm.dtype for block in blocks for norm in block.norms}
-    return (
-        B * T <= FEW_TOKENS
-        and len(kinds) == 1
-        and next(iter(kinds)).name in FLOATS
-        and all(_kind(matrix) is not None for block in blocks for matrix in block.matrices)
-        and attends((x,), cache[0])
-    )
+def takes_blocks(blocks: Sequence[BlockWeights]) -> bool:
+    """Whether one call takes new tokens through all blocks, where `attends` says so too."""
+    kinds = {norm.dtype.name for block in blocks for norm in block.norms}
+    matrices = (matrix for block in blocks for matrix in block.matrices)
+    return len(kinds) == 1 and kinds <= {*FLOATS} and all(_kind(m) is not None for m in matrices)
 
 
 def call_blocks(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -267,16 +267,31 @@ def attend(
     return out
 
 
-class _PreparedBlocks(NamedTuple):
-    """As `_Prepared`, for a whole model."""
+class PreparedBlocks(NamedTuple):
+    """All blocks as the library takes them."""
 
-    addresses: tuple[int, ...]
+    weights: Sequence[BlockWeights]  # kept alive
     blocks: Any  # of ctypes
     norm_kind: int
 
 
+def prepare_blocks(blocks: Sequence[BlockWeights]) -> PreparedBlocks | None:
+    """What `call_blocks` takes; None for what no kernel takes."""
+    norms = {(norm.dtype, norm.is_contiguous()) for block in blocks for norm in block.norms}
+    dtype, contiguous = next(iter(norms))
+    if len(norms) > 1 or not contiguous or dtype not in _FLOATS:
+        return None
+    if any(_kind(matrix) is None for block in blocks for matrix in block.matrices):
+        return None
+    made = [
+        Block(*(norm.data_ptr() for norm in block.norms), *map(_matrix, block.matrices))
+        for block in blocks
+    ]
+    return PreparedBlocks(blocks, (Block * len(made))(*made), _KINDS[dtype])
+
+
 def call_blocks(
-    blocks: Sequence[BlockWeights],
+    prepare: Callable[[], PreparedBlocks | None],
     epsilon: float,
     x_BTD: torch.Tensor,
     rotary: tuple[torch.Tensor, torch.Tensor],
@@ -291,48 +306,25 @@ def call_blocks(
         or (loaded := library()) is None
         or torch.is_grad_enabled()
         or torch._C._functorch.peek_interpreter_stack()  # type: ignore[attr-defined]
-        or (prepared := _prepare_blocks(blocks)) is None
+        or (prepared := prepare()) is None
     ):
         return None
     (B, T, D), (_, K, S, H) = x_BTD.shape, keys.shape
     x_BTD = x_BTD.clone(memory_format=torch.contiguous_format)
     cos, sin = (table.expand(B, 1, T, H).contiguous() for table in rotary)
     starts = start_B.to(torch.int32).contiguous()
-    pointers = ctypes.c_void_p * len(blocks)
+    pointers = ctypes.c_void_p * len(cache)
     caches = [pointers(*[layer[i].data_ptr() for layer in cache]) for i in (0, 1)]
     call = Blocks(
         prepared.blocks, *map(ctypes.addressof, caches),
         *(a.data_ptr() for a in (x_BTD, cos, sin, starts)),
-        len(blocks), B, T, D, int(blocks[0].query.shape[0]) // H, K, H, S,
+        len(cache), B, T, D, prepared.blocks[0].query.out_features // H, K, H, S,
         H**-0.5, epsilon, _KINDS[x_BTD.dtype], prepared.norm_kind, _KINDS[keys.dtype],
     )  # fmt: skip
     why = loaded.puna_blocks(_threads(torch.get_num_threads()), ctypes.byref(call))
     if why is not None:
         raise BackendError(why.decode())
     return x_BTD
-
-
-def _prepare_blocks(blocks: Sequence[BlockWeights]) -> _PreparedBlocks | None:
-    """Kept with the first norm's tensor for as long as all have the same memory."""
-    arrays = [a for block in blocks for weight in block for a in _arrays(weight)]
-    addresses = tuple([array.data_ptr() for array in arrays])
-    owner = blocks[0].attention_norm
-    prepared = getattr(owner, "_puna_prepared_blocks", None)
-    if prepared is not None and prepared.addresses == addresses:
-        return prepared
-    norms = {(norm.dtype, norm.is_contiguous()) for block in blocks for norm in block.norms}
-    dtype, contiguous = next(iter(norms))
-    if len(norms) > 1 or not contiguous or dtype not in _FLOATS:
-        return None
-    if any(_kind(matrix) is None for block in blocks for matrix in block.matrices):
-        return None
-    made = [
-        Block(*(norm.data_ptr() for norm in block.norms), *map(_matrix, block.matrices))
-        for block in blocks
-    ]
-    prepared = _PreparedBlocks(addresses, (Block * len(made))(*made), _KINDS[dtype])
-    owner._puna_prepared_blocks = prepared
-    return prepared
 
 
 @functools.cache

@@ -44,13 +44,17 @@ typedef float Sums __attribute__((vector_size(4 * kSums)));
 // block, as they are.
 struct QuantizedLayout {
   int64_t blocks, units, scales, sums, tail, row;
+  // Of the weights: groups of a row, blocks of a group, bytes of a row.
+  int64_t groups, in_group, row_bytes;
   explicit QuantizedLayout(const PunaMatrix& m) {
     int64_t each = blocks_of_unit(m);
+    groups = groups_of(m), in_group = std::max<int64_t>(1, m.group / kBlock);
+    row_bytes = m.kind == PUNA_U4 ? (m.in + 1) / 2 : m.in;
     blocks = m.in / kBlock;
     units = (blocks + each - 1) / each;
     scales = units * each * kBlock / 2;
     sums = scales + whole_vectors(units * each);
-    tail = sums + whole_vectors(is_centred(m) ? units * each : groups_of(m));
+    tail = sums + whole_vectors(is_centred(m) ? units * each : groups);
     row = (tail + m.in % kBlock + 15) / 16 * 16;
   }
 };
@@ -227,11 +231,11 @@ PUNA_INLINE Sums spread(const float* two) { return Sums{two[0], two[1]}; }
 #endif
 
 PUNA_INLINE float sum_of(Sums v) {
-  float l[kSums];
-  std::memcpy(l, &v, sizeof v);
-  for (int width = kSums / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) l[i] += l[i + width];
-  return l[0];
+#if defined(__AVX2__)
+  return sum_of_eight(v);
+#else
+  return v[0] + v[1];
+#endif
 }
 
 // Adds a unit's products with M rows, each `x_row` floats and `scale_row` scales after the last.
@@ -263,7 +267,7 @@ PUNA_INLINE float sum_of_lows(const PunaMatrix& m, int64_t out, const float* sum
 }
 
 // `count` numbers of blocks from those of groups, `times` blocks each; the first `skip` are left out.
-PUNA_INLINE const float* repeat(const float* groups, int64_t times, int64_t skip, int64_t count,
+PUNA_INLINE float* repeat(const float* groups, int64_t times, int64_t skip, int64_t count,
                                 float* to) {
   if (times == 2 && skip == 0) {
     for (int64_t b = 0; b < count; b += 2, ++groups) to[b] = to[b + 1] = *groups;
@@ -280,46 +284,57 @@ PUNA_INLINE const float* repeat(const float* groups, int64_t times, int64_t skip
   return to;
 }
 
-// R results of each of M rows. `halves`: a scale for each half of a unit, as 4 bits always have it,
-// and 8 bits in groups of 16.
+// R results of each of M rows: from `out` on, `apart` from one to the next. `halves`: a scale for
+// each half of a unit, as 4 bits always have it, and 8 bits in groups of 16.
 template <int32_t kind, bool halves, int M, int R>
-PUNA_INLINE void quantized_some(const PunaMatrix& m, const float* x, int64_t x_row, int64_t out,
-                                int64_t apart, float* y, int64_t y_stride) {
-  constexpr int64_t kEach = kind == PUNA_U4 ? 2 : 1;               // blocks of a unit
-  constexpr int64_t kSplit = kind == PUNA_I8 && halves ? 2 : 1;    // scales of a block
+PUNA_INLINE void quantized_some(const PunaMatrix& m, const QuantizedLayout& layout, const float* x,
+                                int64_t x_row, int64_t out, int64_t apart, float* y,
+                                int64_t y_stride) {
+  constexpr int64_t kEach = kind == PUNA_U4 ? 2 : 1;             // blocks of a unit
+  constexpr int64_t kSplit = kind == PUNA_I8 && halves ? 2 : 1;  // scales of a block
   constexpr int64_t kScales = kSegment * kSplit;
-  QuantizedLayout layout(m);
-  int64_t groups = groups_of(m), in_group = std::max<int64_t>(1, m.group / kBlock);
-  int64_t row_bytes = kind == PUNA_U4 ? (m.in + 1) / 2 : m.in;
+  int64_t groups = layout.groups, in_group = layout.in_group;
   // As far as the row that comes next in each stream.
-  int64_t apart_bytes = apart * row_bytes, ahead = row_bytes * (apart == 1 ? R : 1);
+  int64_t row_bytes = layout.row_bytes, apart_bytes = apart * row_bytes;
+  int64_t ahead = row_bytes * (apart == 1 ? R : 1);
   const char* rows = static_cast<const char*>(m.data) + out * row_bytes;
   Sums total[R][M] = {};
-  Floats common[R][M] = {};
+  float taken[R][M] = {};  // by what centres the weights
   for (int64_t start = 0; start < layout.blocks; start += kSegment) {
     int64_t count = std::min(kSegment, layout.blocks - start);
     // The scales of weights and inputs, multiplied; zero where a unit has no second half.
-    float scales[R][M][kScales], raw[kScales + kLanes], repeated[kSegment + kLanes];
-    int64_t first = start * kSplit / in_group;
-    int64_t some = ((start + count) * kSplit + in_group - 1) / in_group - first;
+    float scales[R][M][kScales];
     for (int r = 0; r < R; ++r) {
-      read_floats(m.scale, m.scale_kind, (out + r * apart) * groups + first, some, raw);
-      std::fill(raw + some, raw + whole_vectors(some), 0.0f);
-      const float* each = raw;  // block's
-      if (in_group > 1) each = repeat(raw, in_group, start - first * in_group, count, repeated);
-      for (int i = 0; i < M; ++i) {
-        const float* inputs = x + i * x_row + layout.scales + start;
-        float* to = scales[r][i];
-        if (kSplit == 2)
-          for (int64_t h = 0; h < 2 * count; ++h) to[h] = raw[h] * inputs[h / 2];
-        else
-          for (int64_t b = 0; b < count; b += kLanes)
-            store(to + b, load<Floats>(each + b) * load<Floats>(inputs + b));
-        const float* sums = x + i * x_row + layout.sums + start;
-        for (int64_t b = 0; is_centred(m) && b < count; b += kLanes)
-          common[r][i] += load<Floats>(each + b) * load<Floats>(sums + b);
-        if (count % kEach != 0) to[count] = 0.0f;
+      int64_t begin = (out + r * apart) * groups;
+      float raw[kScales + kLanes], repeated[kSegment + kLanes], *each = raw;  // block's
+      if (kSplit == 2) {
+        read_floats(m.scale, m.scale_kind, begin + 2 * start, 2 * count, raw);
+      } else if (in_group == 1) {
+        read_floats(m.scale, m.scale_kind, begin + start, count, raw);
+      } else {
+        int64_t first = start / in_group;
+        int64_t some = (start + count + in_group - 1) / in_group - first;
+        read_floats(m.scale, m.scale_kind, begin + first, some, raw);
+        each = repeat(raw, in_group, start - first * in_group, count, repeated);
       }
+      for (int64_t b = count; kSplit == 1 && b % kLanes != 0; ++b) each[b] = 0.0f;
+      Floats common[M] = {};
+      for (int64_t b = 0; kSplit == 1 && b < count; b += kLanes) {
+        Floats scale = load<Floats>(each + b);
+#pragma GCC unroll 8
+        for (int i = 0; i < M; ++i) {
+          const float* inputs = x + i * x_row + start + b;
+          store(scales[r][i] + b, scale * load<Floats>(inputs + layout.scales));
+          if (kind == PUNA_U4 && m.low == nullptr)
+            common[i] += scale * load<Floats>(inputs + layout.sums);
+        }
+      }
+      for (int i = 0; is_centred(m) && i < M; ++i)
+        taken[r][i] += sum(common[i]);
+      for (int64_t h = 0; kSplit == 2 && h < 2 * count; ++h)
+        for (int i = 0; i < M; ++i)
+          scales[r][i][h] = raw[h] * x[i * x_row + layout.scales + start + h / 2];
+      for (int i = 0; count % kEach != 0 && i < M; ++i) scales[r][i][count] = 0.0f;
     }
     const char* weights = rows + start / kEach * kUnitBytes;
     const int16_t* inputs = reinterpret_cast<const int16_t*>(x) + start * kBlock;
@@ -347,7 +362,7 @@ PUNA_INLINE void quantized_some(const PunaMatrix& m, const float* x, int64_t x_r
     for (int i = 0; i < M; ++i) {
       const float* row = x + i * x_row;
       float result = sum_of(total[r][i]);
-      if (is_centred(m)) result += centre(m) * sum(common[r][i]);
+      if (is_centred(m)) result += centre(m) * taken[r][i];
       if (m.low != nullptr) result += sum_of_lows(m, out + r * apart, row + layout.sums);
       for (int64_t k = layout.blocks * kBlock; k < m.in; ++k)
         result += read_float(m.scale, m.scale_kind, (out + r * apart) * groups + k / m.group) *

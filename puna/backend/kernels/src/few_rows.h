@@ -18,6 +18,11 @@ PUNA_INLINE bool is_quantized(const PunaMatrix& m) {
   return m.kind == PUNA_I8 || m.kind == PUNA_U4;
 }
 
+// There is nothing to know about rows beside weights that are floats.
+struct FloatLayout {
+  explicit FloatLayout(const PunaMatrix&) {}
+};
+
 // Floats of scratch for a row of x.
 PUNA_INLINE int64_t few_row(const PunaMatrix& m) {
   return is_quantized(m) ? QuantizedLayout(m).row : (m.in + kStep - 1) / kStep * kStep;
@@ -92,39 +97,41 @@ PUNA_INLINE void floats_some(const PunaMatrix& m, const float* x, int64_t x_row,
   }
 }
 
-template <typename Read, int M, int R>
-PUNA_INLINE void few_some(const PunaMatrix& m, const float* x, int64_t x_row, int64_t out,
-                          int64_t apart, float* y, int64_t y_stride) {
+template <typename Read, int M, int R, typename Layout>
+PUNA_INLINE void few_some(const PunaMatrix& m, const Layout& layout, const float* x, int64_t x_row,
+                          int64_t out, int64_t apart, float* y, int64_t y_stride) {
   if constexpr (std::is_same<Read, ReadI8>::value)
-    m.group < kBlock ? quantized_some<PUNA_I8, true, M, R>(m, x, x_row, out, apart, y, y_stride)
-                     : quantized_some<PUNA_I8, false, M, R>(m, x, x_row, out, apart, y, y_stride);
+    m.group < kBlock
+        ? quantized_some<PUNA_I8, true, M, R>(m, layout, x, x_row, out, apart, y, y_stride)
+        : quantized_some<PUNA_I8, false, M, R>(m, layout, x, x_row, out, apart, y, y_stride);
   else if constexpr (std::is_same<Read, ReadU4>::value)
-    quantized_some<PUNA_U4, true, M, R>(m, x, x_row, out, apart, y, y_stride);
+    quantized_some<PUNA_U4, true, M, R>(m, layout, x, x_row, out, apart, y, y_stride);
   else
     floats_some<Read, M, R>(m, x, x_row, out, apart, y, y_stride);
 }
 
-template <typename Read, int M>
-void few_results(const PunaMatrix& m, const float* x, int64_t x_row, int64_t begin, int64_t end,
-                 float* y, int64_t y_stride) {
+template <typename Read, int M, typename Layout>
+void few_results(const PunaMatrix& m, const Layout& layout, const float* x, int64_t x_row,
+                 int64_t begin, int64_t end, float* y, int64_t y_stride) {
   // As many results at once as there are registers for their sums, and for other rows' latency.
   constexpr int R = M == 1 ? 4 : Read::kQuantized ? 2 : 3;
   int64_t out = begin;
   if constexpr (M == 1) {  // R streams through the weights, each as long as can be
     int64_t each = (end - begin) / R;
     for (int64_t i = 0; i < each; ++i)
-      few_some<Read, M, R>(m, x, x_row, begin + i, each, y + i, y_stride);
+      few_some<Read, M, R>(m, layout, x, x_row, begin + i, each, y + i, y_stride);
     out += each * R;
   }
   for (; out + R <= end; out += R)
-    few_some<Read, M, R>(m, x, x_row, out, 1, y + out - begin, y_stride);
-  for (; out < end; ++out) few_some<Read, M, 1>(m, x, x_row, out, 1, y + out - begin, y_stride);
+    few_some<Read, M, R>(m, layout, x, x_row, out, 1, y + out - begin, y_stride);
+  for (; out < end; ++out) few_some<Read, M, 1>(m, layout, x, x_row, out, 1, y + out - begin, y_stride);
 }
 
 template <typename Read>
 void few_all(const PunaMatrix& m, const float* scratch, int64_t rows, int64_t begin, int64_t end,
              float* y, int64_t y_stride) {
   int64_t x_row = few_row(m);
+  const std::conditional_t<Read::kQuantized, QuantizedLayout, FloatLayout> layout(m);
   // More than four rows: some results for four of them, then for the next, with the weights near.
   constexpr int64_t kNear = Read::kQuantized ? 4 : 6;
   for (int64_t some = begin; some < end; some += rows > 4 ? kNear : end - begin) {
@@ -134,13 +141,13 @@ void few_all(const PunaMatrix& m, const float* scratch, int64_t rows, int64_t be
       float* to = y + row * y_stride + some - begin;
       int64_t left = rows - row;
       if (left >= 4) {
-        few_results<Read, 4>(m, x, x_row, some, until, to, y_stride), row += 4;
+        few_results<Read, 4>(m, layout, x, x_row, some, until, to, y_stride), row += 4;
       } else if (left == 3) {
-        few_results<Read, 3>(m, x, x_row, some, until, to, y_stride), row += 3;
+        few_results<Read, 3>(m, layout, x, x_row, some, until, to, y_stride), row += 3;
       } else if (left == 2) {
-        few_results<Read, 2>(m, x, x_row, some, until, to, y_stride), row += 2;
+        few_results<Read, 2>(m, layout, x, x_row, some, until, to, y_stride), row += 2;
       } else {
-        few_results<Read, 1>(m, x, x_row, some, until, to, y_stride), row += 1;
+        few_results<Read, 1>(m, layout, x, x_row, some, until, to, y_stride), row += 1;
       }
     }
   }

@@ -62,13 +62,24 @@ PUNA_INLINE Floats splat(float f) {
 #endif
 }
 
+#if defined(__AVX2__)
+PUNA_INLINE float sum_of_eight(__m256 v) {
+  __m256 twos = _mm256_hadd_ps(v, v), fours = _mm256_hadd_ps(twos, twos);
+  return _mm_cvtss_f32(_mm_add_ss(_mm256_castps256_ps128(fours), _mm256_extractf128_ps(fours, 1)));
+}
+#endif
+
 // The lanes' sum, always in the same order.
 PUNA_INLINE float sum(Floats v) {
+#if defined(__AVX2__) && PUNA_LANES == 8
+  return sum_of_eight(__m256(v));
+#else
   float lanes[kLanes];
   std::memcpy(lanes, &v, sizeof v);
   for (int width = kLanes / 2; width > 0; width /= 2)
     for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
   return lanes[0];
+#endif
 }
 
 // The even and the odd lanes of a, then of b.
@@ -224,6 +235,8 @@ PUNA_INLINE void read_floats(const void* from, int32_t kind, int64_t begin, int6
     for (; i + kLanes <= count; i += kLanes) store(to + i, halves_to_floats(bits + i));
     for (; i < count; ++i) to[i] = from_f16(bits[i]);
   } else {
+    for (; i + kLanes <= count; i += kLanes)
+      store(to + i, Floats(__builtin_convertvector(load<Halves>(bits + i), Words) << 16));
     for (; i < count; ++i) to[i] = from_bf16(bits[i]);
   }
 }
