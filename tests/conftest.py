@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests import assets
+from tests.native import LIBRARY, instructions
 
 
 @pytest.fixture(scope="session")
@@ -27,3 +28,13 @@ def llama3_tokenizer_dir() -> Path:
 def meta_tokenizer_model() -> Path:
     """Meta's own Llama 3 `tokenizer.model` (tiktoken ranks)."""
     return assets.meta_wheel() / "llama_models" / "llama3" / "tokenizer.model"
+
+
+@pytest.fixture(params=instructions())
+def each_instruction_set(request):
+    """Each set that the machine has, in use while a test runs."""
+    assert LIBRARY is not None
+    before = LIBRARY.puna_instructions()
+    assert LIBRARY.puna_use_instructions(request.param.encode())
+    yield request.param
+    LIBRARY.puna_use_instructions(before)

@@ -36,7 +36,8 @@ from puna.backend.protocol import BlockWeights, Place, Tensor
 __all__ = [
     "aliases", "attend", "attention", "cache_dtype", "cache_read", "cache_write", "call_block",
     "call_blocks", "compile_step", "embed", "gated", "initialize", "linear", "linears",
-    "merge_heads", "place", "prepare", "rms_norm", "rotate", "silu", "split_heads", "to_numpy", "value", "while_loop",
+    "merge_heads", "place", "prepare", "rms_norm", "rotate", "silu", "split_heads",
+    "to_numpy", "value", "while_loop",
 ]  # fmt: skip
 
 

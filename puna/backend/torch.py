@@ -24,8 +24,8 @@ from puna.backend.torch_linear import gated, linear, linears, multiplies_slowly
 
 __all__ = [
     "aliases", "attend", "attention", "cache_dtype", "cache_write", "call_block", "call_blocks",
-    "compile_step", "embed", "gated", "gather_rows", "initialize", "linear", "linears", "merge_heads", "place",
-    "prepare", "rms_norm", "rotate", "silu", "split_heads", "to_device", "to_numpy", "value",
+    "compile_step", "embed", "gated", "gather_rows", "initialize", "linear", "linears", "merge_heads",
+    "place", "prepare", "rms_norm", "rotate", "silu", "split_heads", "to_device", "to_numpy", "value",
     "zeros",
 ]  # fmt: skip
 

@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import keras
-import ml_dtypes
 import numpy as np
 import pytest
 from keras import ops
@@ -13,11 +12,10 @@ from keras import ops
 from puna import backend
 from puna.backend.kernels import library as kernels
 from puna.backend.packed import Packed
+from tests.native import FLOATS, LIBRARY, weight
 
-LIBRARY = kernels.library()
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="the kernels are not built, or off")
 
-HALF = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 # Of the sum of the products' sizes. Beside quantized weights, rows of half precision become 16-bit
 # whole numbers.
 FLOAT_BOUND, WHOLE_BOUND = 4e-6, 3e-5
@@ -36,64 +34,11 @@ SIZES = [
 SIXTEENS = [(33, 64, 16), (10, 1200, 16)]
 
 
-def instructions():
-    """Those that this machine has; the one in use comes first."""
-    if LIBRARY is None:
-        return []
-    names, before = ["avx512", "avx2", "portable"], LIBRARY.puna_instructions()
-    found = [name for name in names if LIBRARY.puna_use_instructions(name.encode())]
-    LIBRARY.puna_use_instructions(before)
-    return found
-
-
-@pytest.fixture(params=instructions())
-def each_instruction_set(request):
-    assert LIBRARY is not None
-    before = LIBRARY.puna_instructions()
-    assert LIBRARY.puna_use_instructions(request.param.encode())
-    yield request.param
-    LIBRARY.puna_use_instructions(before)
-
-
-def weight(rng, kind, out, in_features, group=0, low=False, scale_dtype="float32"):
-    """A weight's arrays, with the first one not aligned, and its values in float64."""
-    if kind in HALF:
-        array = unaligned(rng.standard_normal((out, in_features)).astype(HALF[kind]))
-        return (array,), array.astype(np.float64)
-    group = group or in_features
-    groups = -(-in_features // group)
-    scale = (rng.random((out, groups)) * 0.1 + 0.01).astype(HALF[scale_dtype])
-    lows = rng.standard_normal((out, groups)).astype(HALF[scale_dtype])
-
-    def spread(a):
-        return np.repeat(a.astype(np.float64), group, 1)[:, :in_features]
-
-    if kind == "int8":
-        numbers = data = rng.integers(-128, 128, (out, in_features)).astype(np.int8)
-    else:
-        numbers = rng.integers(0, 16, (out, in_features)).astype(np.uint8)
-        even = np.pad(numbers, ((0, 0), (0, in_features % 2)))
-        data = even[:, ::2] | even[:, 1::2] << 4
-    centre = 8 if kind == "int4" and not low else 0
-    values = spread(scale) * (numbers.astype(np.float64) - centre)
-    arrays = (unaligned(data), scale, lows) if low else (unaligned(data), scale)
-    return arrays, values + spread(lows) if low else values
-
-
-def unaligned(array):
-    """The same in memory that starts where no vector would."""
-    buffer = np.empty(array.nbytes + 64, np.uint8)
-    start = -buffer.ctypes.data % 64 + array.dtype.itemsize
-    view = buffer[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
-    view[...] = array
-    return view
-
-
 def multiply(x, weights, in_features, group=0, dtype="float32", gated=False, threads=2):
     assert LIBRARY is not None
     matrices = [kernels.matrix_of(arrays, in_features, group or in_features) for arrays in weights]
     outs = [arrays[0].shape[0] for arrays in weights[: 1 if gated else None]]
-    results = [np.full((len(x), out), 7, HALF[dtype]) for out in outs]
+    results = [np.full((len(x), out), 7, FLOATS[dtype]) for out in outs]
     why = LIBRARY.puna_linear(
         ctypes.byref(kernels.Threads(None, None, threads)), x.ctypes.data,
         kernels.KINDS[x.dtype.name], len(x), (kernels.Matrix * len(matrices))(*matrices),
@@ -124,19 +69,19 @@ def test_products_and_their_gradients_equal_float64(kind, each_instruction_set):
     for rows in (1, 2, 3, 4, 5, 7, 8, 9, 17, 100, 130):
         for out, in_features, group in SIZES + (SIXTEENS if kind == "int8" else []):
             for low in (False, True) if quantized and group != 16 else (False,):
-                half = list(HALF)[rng.integers(3)]
+                half = list(FLOATS)[rng.integers(3)]
                 arrays, values = weight(rng, kind, out, in_features, group, low, half)
                 sizes = np.abs(values)
                 if quantized:  # the parts that `low` adds, or 8 takes away, are summed apart
                     sizes = sizes + np.abs(values).max()
-                x = rng.standard_normal((rows, in_features)).astype(HALF[half])
+                x = rng.standard_normal((rows, in_features)).astype(FLOATS[half])
                 exact = x.astype(np.float64)
                 (found,) = multiply(x, [arrays], in_features, group)
                 whole = quantized and half != "float32"
                 bound = WHOLE_BOUND if whole else FLOAT_BOUND
                 error = np.abs(found - exact @ values.T)
                 assert (error <= bound * (np.abs(exact) @ sizes.T) + 1e-30).all()
-                dy = rng.standard_normal((rows, out)).astype(HALF[half])
+                dy = rng.standard_normal((rows, out)).astype(FLOATS[half])
                 exact = dy.astype(np.float64)
                 error = np.abs(multiply_back(dy, arrays, in_features, group) - exact @ values)
                 assert (error <= FLOAT_BOUND * (np.abs(exact) @ sizes) + 1e-30).all()
@@ -178,7 +123,7 @@ def test_results_are_rounded_to_the_nearest(dtype, each_instruction_set):
     x[2] = 1e-6  # subnormal results in float16
     (exact,) = multiply(x, [arrays], 33)
     (found,) = multiply(x, [arrays], 33, dtype=dtype)
-    np.testing.assert_array_equal(found, exact.astype(HALF[dtype]))
+    np.testing.assert_array_equal(found, exact.astype(FLOATS[dtype]))
 
 
 @pytest.mark.backend_free

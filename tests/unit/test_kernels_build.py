@@ -29,6 +29,7 @@ STRUCTS = {
     "Buffers Rets": "size types buffers=rets",
     "ByteSpan ByteSpan": "data=ptr size=len",
     "Scalar Scalar": "dtype value",
+    "Array Array": "dtype size data",
     "Attributes Attrs": "size types names values=attrs",
     "ErrorCreateArgs Error_Create_Args": "struct_size message code=errc",
     "ScheduleArgs ThreadPool_Schedule_Args": "struct_size context=ctx task data",
@@ -84,8 +85,9 @@ def test_sanitizers_find_nothing(tmp_path):
     code = (
         "import sys, pathlib, pytest, puna.backend.kernels.library as library\n"
         f"library._path = lambda: pathlib.Path({str(tmp_path / 'puna_kernels.native')!r})\n"
-        "tests = ['tests/unit/test_kernels.py', '-q', '-p', 'no:xdist', '-k',\n"
-        "         'float64 or however_many or several or rounded or number']\n"
+        "tests = ['tests/unit/test_kernels.py', 'tests/unit/test_kernels_blocks.py',\n"
+        "         '-q', '-p', 'no:xdist', '-k',\n"
+        "         'float64 or however_many or several or rounded or number or threads']\n"
         "sys.exit(pytest.main(tests))\n"
     )
     environment = {
