@@ -24,9 +24,9 @@ from puna.backend.torch_linear import gated, linear, linears, multiplies_slowly
 
 __all__ = [
     "aliases", "attend", "attention", "cache_dtype", "cache_write", "call_block", "call_blocks",
-    "compile_step", "embed", "gated", "gather_rows", "initialize", "linear", "linears", "merge_heads",
-    "place", "prepare", "rms_norm", "rotate", "silu", "split_heads", "to_device", "to_numpy", "value",
-    "zeros",
+    "compile_step", "embed", "gated", "gather_rows", "initialize", "linear", "linears",
+    "merge_heads", "place", "prepare", "rms_norm", "rotate", "silu", "split_heads", "to_device",
+    "to_numpy", "value", "zeros",
 ]  # fmt: skip
 
 # NumPy knows these only through ml_dtypes, which torch does not: their bits travel as integers.
