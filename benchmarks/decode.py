@@ -6,7 +6,9 @@ Usage:
         [--peer-python keras-hub=PYTHON] [--peer-python llama.cpp=PYTHON]
 
 CHECKPOINT is a Hugging Face directory with a tokenizer; `python -m benchmarks.checkpoints` makes
-one of a real shape. llama.cpp gets a GGUF file of the same weights, which is written here.
+one of a real shape. llama.cpp gets a GGUF file of the same weights, which is written here. With
+--quantization int8 or int4, Puna quantizes while it loads, and llama.cpp gets Q8_0 or Q4_0: as many
+bytes of weights. CHECKPOINT may also be a GGUF file, which both then run as it is.
 
 Each engine is a process of its own that loads once; one computes at a time. In every round each
 engine takes its turn, so that a noisy machine disturbs all alike. Figures are medians of the rounds
@@ -28,11 +30,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engines import ENGINES
+from benchmarks.engines import ENGINES, QUANTIZED
 from benchmarks.questions import FASTER, PLAIN, QUESTIONS, Answer, Question, Shape, longest
 from benchmarks.workers import Fresh, NotInstalledError, Run, Worker, WorkerError
+from puna.checkpoint.preset import Preset
 from puna.cli.bench_run import machine
 from puna.config import LlamaConfig
+from puna.errors import PresetError
 
 SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -41,12 +45,14 @@ def main() -> None:
     arguments = _arguments()
     shape = _shape(arguments)
     questions = {name: QUESTIONS[name](shape) for name in arguments.question or QUESTIONS}
-    engines = list(dict.fromkeys(arguments.engine or ENGINES))
+    packed = arguments.quantization is not None or arguments.checkpoint.is_file()
+    engines = list(dict.fromkeys(arguments.engine or (QUANTIZED if packed else ENGINES)))
     with tempfile.TemporaryDirectory(prefix="puna-bench-") as scratch:
         run = Run(
             checkpoint=arguments.checkpoint.resolve(),
             gguf=_gguf(arguments, Path(scratch)) if "llama.cpp" in engines else None,
             dtype=arguments.dtype,
+            quantization=arguments.quantization,
             context=longest(list(questions.values())),
             pythons=dict(arguments.peer_python),
         )
@@ -55,7 +61,7 @@ def main() -> None:
             "date": datetime.date.today().isoformat(),
             "command": command(sys.argv[1:]),
             "checkpoint": run.checkpoint.name,
-            "dtype": run.dtype,
+            "dtype": run.dtype if run.quantization is None else f"{run.quantization}, {run.dtype}",
             "rounds": arguments.rounds,
             "fresh_rounds": arguments.fresh_rounds,
             "baseline": arguments.baseline,
@@ -234,10 +240,10 @@ def _cell(told: dict[str, Any]) -> str:
 
 
 def _shape(arguments: argparse.Namespace) -> Shape:
-    path = arguments.checkpoint / "config.json"
-    if not path.is_file():
-        sys.exit(f"{arguments.checkpoint} has no config.json; expected a Hugging Face directory")
-    config = LlamaConfig.from_hf(json.loads(path.read_text(encoding="utf-8")))
+    try:
+        config = LlamaConfig.from_hf(Preset(arguments.checkpoint).config)
+    except PresetError as error:
+        sys.exit(str(error))
     token = 2 * config.num_hidden_layers * config.num_kv_heads * config.head_size
     return Shape(
         vocab_size=config.vocab_size,
@@ -249,12 +255,14 @@ def _shape(arguments: argparse.Namespace) -> Shape:
 
 def _gguf(arguments: argparse.Namespace, scratch: Path) -> Path:
     """The GGUF file of the checkpoint: the one that was given, else a new one."""
+    if arguments.checkpoint.is_file():
+        return arguments.checkpoint.resolve()
     file = arguments.gguf or scratch / "model.gguf"
     if not file.exists():
         from benchmarks.gguf_file import write_gguf
 
         _note(f"writing {file.name}")
-        write_gguf(arguments.checkpoint, file, arguments.dtype)
+        write_gguf(arguments.checkpoint, file, arguments.quantization or arguments.dtype)
     return file.resolve()
 
 
@@ -287,6 +295,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--engine", action="append", choices=ENGINES, help="else all")
     parser.add_argument("--baseline", choices=ENGINES, default="transformers")
     parser.add_argument("--dtype", choices=SIZES, default="bfloat16")
+    parser.add_argument("--quantization", choices=("int8", "int4"))
     parser.add_argument("--rounds", type=_rounds, default=5)
     parser.add_argument(
         "--fresh-rounds", type=_rounds, default=3, help="of what needs new processes each time"

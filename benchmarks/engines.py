@@ -21,13 +21,15 @@ class Engine(abc.ABC):
     """One way of running a checkpoint.
 
     Args:
-        checkpoint: a Hugging Face directory; for llama.cpp, a GGUF file of the same weights.
+        checkpoint: a Hugging Face directory, or a GGUF file; for llama.cpp the latter.
         dtype: what to run in.
         context: tokens of the longest sequence to come.
+        quantization: how Puna quantizes the weights while it loads; None leaves them.
     """
 
-    def __init__(self, checkpoint: Path, dtype: str, context: int):
+    def __init__(self, checkpoint: Path, dtype: str, context: int, quantization: str | None = None):
         self.checkpoint, self.dtype, self.context = checkpoint, dtype, context
+        self.quantization = quantization
 
     @abc.abstractmethod
     def load(self) -> None:
@@ -64,14 +66,16 @@ class Engine(abc.ABC):
 
 
 class Puna(Engine):
-    def __init__(self, checkpoint: Path, dtype: str, context: int):
-        super().__init__(checkpoint, dtype, context)
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments)
         import puna.models
 
         self._models = puna.models
 
     def load(self) -> None:
-        self.model = self._models.Llama3CausalLM.from_preset(self.checkpoint, dtype=self.dtype)
+        self.model = self._models.Llama3CausalLM.from_preset(
+            self.checkpoint, dtype=self.dtype, quantization=self.quantization
+        )
 
     def generate(self, prompts: Rows, new: int) -> list[list[int]]:
         rows = self.model.generate(
@@ -110,8 +114,8 @@ class Puna(Engine):
 class KerasHub(Engine):
     """keras-hub takes padded arrays and generates up to their length; it cannot stream."""
 
-    def __init__(self, checkpoint: Path, dtype: str, context: int):
-        super().__init__(checkpoint, dtype, context)
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments)
         from keras_hub.models import Llama3CausalLM
 
         self._class = Llama3CausalLM
@@ -166,8 +170,8 @@ class KerasHub(Engine):
 
 
 class Transformers(Engine):
-    def __init__(self, checkpoint: Path, dtype: str, context: int):
-        super().__init__(checkpoint, dtype, context)
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments)
         import torch
         import transformers
 
@@ -229,18 +233,18 @@ class Transformers(Engine):
 
 def _variables_bytes(model: Any) -> int:
     """Bytes of a Keras model's variables."""
-    sizes = {"bfloat16": 2, "float16": 2, "float32": 4}
+    sizes = {"bfloat16": 2, "float16": 2, "float32": 4, "int8": 1, "uint8": 1}
     return sum(int(np.prod(v.shape)) * sizes.get(str(v.dtype), 4) for v in model.variables)
 
 
-def _llama_cpp(checkpoint: Path, dtype: str, context: int) -> Engine:
+def _llama_cpp(*arguments: Any) -> Engine:
     from benchmarks.llama_cpp_engine import LlamaCpp
 
-    return LlamaCpp(checkpoint, dtype, context)
+    return LlamaCpp(*arguments)
 
 
 # name: (what makes it, the package that must be there, the Keras backend)
-ENGINES: dict[str, tuple[Callable[[Path, str, int], Engine], str, str]] = {
+ENGINES: dict[str, tuple[Callable[..., Engine], str, str]] = {
     "puna-jax": (Puna, "puna", "jax"),
     "puna-torch": (Puna, "puna", "torch"),
     "puna-tensorflow": (Puna, "puna", "tensorflow"),
@@ -249,3 +253,6 @@ ENGINES: dict[str, tuple[Callable[[Path, str, int], Engine], str, str]] = {
     "transformers": (Transformers, "transformers", ""),
     "llama.cpp": (_llama_cpp, "llama_cpp", ""),
 }
+
+# Those that run quantized weights.
+QUANTIZED = ("puna-jax", "puna-torch", "puna-tensorflow", "llama.cpp")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFWriter, quants
 
 from puna.checkpoint.safetensors import SafetensorsSource
 from puna.config import LlamaConfig
@@ -24,6 +24,8 @@ KINDS = {
     "bfloat16": GGMLQuantizationType.BF16,
     "float16": GGMLQuantizationType.F16,
     "float32": GGMLQuantizationType.F32,
+    "int8": GGMLQuantizationType.Q8_0,
+    "int4": GGMLQuantizationType.Q4_0,
 }
 
 # Hugging Face's name of a part of a layer, and GGUF's.
@@ -52,7 +54,8 @@ def write_gguf(checkpoint: Path, file: Path, dtype: str) -> Path:
     Args:
         checkpoint: a Hugging Face directory of a Llama.
         file: where to; it appears when all of it is written.
-        dtype: of the matrices; what has one dimension is float32, as llama.cpp wants it.
+        dtype: of the matrices: int8 is Q8_0, and int4 Q4_0; what has one dimension is float32, as
+            llama.cpp wants it.
     """
     config = LlamaConfig.from_hf(json.loads((checkpoint / "config.json").read_text()))
     unfinished = file.with_name(file.name + ".unfinished")
@@ -127,6 +130,8 @@ def _add(writer: GGUFWriter, name: str, array: np.ndarray, kind: GGMLQuantizatio
     elif kind is GGMLQuantizationType.BF16:
         raw = np.ascontiguousarray(array.astype(ml_dtypes.bfloat16, copy=False))
         writer.add_tensor(name, raw.view(np.uint8), raw_dtype=kind)
+    elif kind in (GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q4_0):
+        writer.add_tensor(name, quants.quantize(array.astype(np.float32), kind), raw_dtype=kind)
     else:
         numbers = np.float16 if kind is GGMLQuantizationType.F16 else np.float32
         writer.add_tensor(name, np.ascontiguousarray(array.astype(numbers, copy=False)))

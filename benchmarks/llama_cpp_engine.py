@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +16,8 @@ BATCH = 512  # tokens that one call takes, llama.cpp's default
 
 
 class LlamaCpp(Engine):
-    def __init__(self, checkpoint: Path, dtype: str, context: int):
-        super().__init__(checkpoint, dtype, context)
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments)
         import llama_cpp
 
         self._library = llama_cpp

@@ -1,6 +1,6 @@
 """One engine in a process of its own, which answers a line of JSON with a line of JSON.
 
-Usage: python -m benchmarks.worker ENGINE CHECKPOINT DTYPE CONTEXT
+Usage: python -m benchmarks.worker ENGINE CHECKPOINT DTYPE CONTEXT [QUANTIZATION]
 
 `benchmarks.decode` starts it, in the Python that has the engine's library. Status 3 means that the
 library is not installed.
@@ -30,7 +30,7 @@ PACKAGES = (
 
 
 def main() -> None:
-    name, checkpoint, dtype, context = sys.argv[1:]
+    name, checkpoint, dtype, context, *quantization = sys.argv[1:]
     make, package, backend = ENGINES[name]
     try:
         found = importlib.util.find_spec(package)
@@ -40,7 +40,7 @@ def main() -> None:
     if not found or not keras:
         sys.exit(NOT_INSTALLED)
     answers = _own_output()
-    engine = make(Path(checkpoint), dtype, int(context))
+    engine = make(Path(checkpoint), dtype, int(context), *quantization)
     if backend:
         import keras
 

@@ -31,9 +31,10 @@ class Run:
     """What all workers of a run have in common.
 
     Args:
-        checkpoint: a Hugging Face directory.
+        checkpoint: a Hugging Face directory, or a GGUF file.
         gguf: the same weights for llama.cpp; None where it does not take part.
         dtype: what to run in.
+        quantization: how Puna quantizes; None leaves the weights as they are.
         context: tokens of the longest sequence.
         pythons: interpreters by an engine's name or the beginning of one; else this one.
     """
@@ -41,6 +42,7 @@ class Run:
     checkpoint: Path
     gguf: Path | None
     dtype: str
+    quantization: str | None
     context: int
     pythons: Mapping[str, str]
 
@@ -81,6 +83,7 @@ class Worker:
             environment.pop("JAX_COMPILATION_CACHE_DIR", None)
         checkpoint = run.gguf if engine == "llama.cpp" else run.checkpoint
         arguments = [engine, str(checkpoint), run.dtype, str(run.context)]
+        arguments += [run.quantization] if run.quantization else []
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115, it lives as long as the worker
         self._process = subprocess.Popen(
             [run.python(engine), "-m", "benchmarks.worker", *arguments],

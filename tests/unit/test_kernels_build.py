@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -101,3 +102,34 @@ def test_sanitizers_find_nothing(tmp_path):
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+@pytest.mark.soak
+def test_the_wheel_builds_without_a_compiler(tmp_path):
+    """It is pure Python then, says so once, and computes the same."""
+    source = tmp_path / "source"
+    kept = shutil.ignore_patterns(".venv", ".cache", ".git", "build", "*.native")
+    shutil.copytree(ROOT, source, ignore=kept)
+    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path)]
+    none = {**os.environ, "CC": "/bin/false", "CXX": "/bin/false"}
+    subprocess.run([*pip, str(source)], env=none, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("puna-*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    package = tmp_path / "package"
+    zipfile.ZipFile(wheel).extractall(package)
+    assert not list(package.rglob("*.native"))
+    code = (
+        f"import sys; sys.path.insert(0, {str(package)!r}); sys.meta_path[:] = [\n"
+        "    f for f in sys.meta_path if 'editable' not in type(f).__module__.lower()]\n"
+        "import warnings, numpy as np, puna.backend\n"
+        "assert puna.__file__.startswith(sys.path[0]), puna.__file__\n"
+        "ops = puna.backend.ops\n"
+        "x, w = np.ones((2, 32), np.float32), np.ones((4, 32), np.float32)\n"
+        "with warnings.catch_warnings(record=True) as told:\n"
+        "    warnings.simplefilter('always')\n"
+        "    for _ in range(2):\n"
+        "        y = ops.linear(*map(puna.backend.keras.ops.convert_to_tensor, (x, w)), 'float32')\n"
+        "print(float(y[1, 3]), sum('KernelsMissing' in w.category.__name__ for w in told))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["32.0", "1"], done.stdout + done.stderr
