@@ -148,6 +148,6 @@ def test_no_answer_raises(answer):
     ids=range(20),
 )
 def test_no_answer_takes_long(answer):
-    start = time.process_time()
+    start = time.thread_time()
     parse_tool_calls(answer)
-    assert time.process_time() - start < 2
+    assert time.thread_time() - start < 2
