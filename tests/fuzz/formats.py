@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from tests.fuzz.gguf_files import GGUF
+from tests.fuzz.quantized import Quantized
 from tests.fuzz.templates import Template
 from tests.fuzz.texts import Config, TokenizerJson
 from tests.fuzz.weights import Index, KerasHub, Pth, Safetensors
@@ -38,5 +39,6 @@ FORMATS: dict[str, Format] = {
     form.name: form
     for form in (
         Safetensors(), Index(), GGUF(), KerasHub(), Pth(), TokenizerJson(), Config(), Template(),
+        Quantized(),
     )
 }  # fmt: skip

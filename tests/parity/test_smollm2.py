@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from keras import ops
 
+from puna import backend
 from puna.models import Llama3CausalLM
 from tests.parity.smollm2_reference import (
     GOLDEN,
@@ -50,6 +51,7 @@ def test_logits_equal_transformers(model, reference):
     assert np.abs(ours - theirs).max() <= 1e-4 * np.abs(theirs).max()
 
 
+@pytest.mark.skipif(backend.name == "tensorflow", reason="a minute, for JAX's own program")
 def test_all_prompts_in_one_uneven_batch_continue_as_in_transformers(model, expected):
     prompts = [model.tokenizer(prompt) for prompt in PROMPTS]
     rows = model.generate(prompts, strip_prompt=True, **GREEDY)

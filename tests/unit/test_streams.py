@@ -35,7 +35,7 @@ def prompts(count, longest=40):
 
 @pytest.mark.slow
 def test_pieces_are_what_generate_gives(model):
-    for i, prompt in enumerate(prompts(50)):
+    for i, prompt in enumerate(prompts(25)):
         options = {"max_new_tokens": 12, "sampler": "random", "temperature": 3.0, "seed": i}
         stream = model.stream(prompt, **options)
         pieces = list(stream)

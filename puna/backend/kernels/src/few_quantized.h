@@ -267,7 +267,7 @@ PUNA_INLINE float sum_of_lows(const PunaMatrix& m, int64_t out, const float* sum
 }
 
 // `count` numbers of blocks from those of groups, `times` blocks each; the first `skip` are left out.
-PUNA_INLINE float* repeat(const float* groups, int64_t times, int64_t skip, int64_t count,
+PUNA_INLINE const float* repeat(const float* groups, int64_t times, int64_t skip, int64_t count,
                                 float* to) {
   if (times == 2 && skip == 0) {
     for (int64_t b = 0; b < count; b += 2, ++groups) to[b] = to[b + 1] = *groups;
@@ -284,30 +284,39 @@ PUNA_INLINE float* repeat(const float* groups, int64_t times, int64_t skip, int6
   return to;
 }
 
+// Rows whose scales are converted together, and how many scales that may be.
+constexpr int64_t kConverted = 2048;
+
 // R results of each of M rows: from `out` on, `apart` from one to the next. `halves`: a scale for
-// each half of a unit, as 4 bits always have it, and 8 bits in groups of 16.
+// each half of a unit, as 4 bits always have it, and 8 bits in groups of 16. `converted`: the scales
+// from `out` on as float32, where groups are blocks; else NULL.
 template <int32_t kind, bool halves, int M, int R>
-PUNA_INLINE void quantized_some(const PunaMatrix& m, const QuantizedLayout& layout, const float* x,
-                                int64_t x_row, int64_t out, int64_t apart, float* y,
-                                int64_t y_stride) {
+PUNA_INLINE void quantized_some(const PunaMatrix& m, const QuantizedLayout& layout,
+                                const float* converted, const float* x, int64_t x_row, int64_t out,
+                                int64_t apart, float* y, int64_t y_stride) {
   constexpr int64_t kEach = kind == PUNA_U4 ? 2 : 1;             // blocks of a unit
   constexpr int64_t kSplit = kind == PUNA_I8 && halves ? 2 : 1;  // scales of a block
   constexpr int64_t kScales = kSegment * kSplit;
-  int64_t groups = layout.groups, in_group = layout.in_group;
+  const int64_t groups = layout.groups, in_group = layout.in_group;
+  const bool centred = kind == PUNA_U4 && m.low == nullptr;
   // As far as the row that comes next in each stream.
   int64_t row_bytes = layout.row_bytes, apart_bytes = apart * row_bytes;
   int64_t ahead = row_bytes * (apart == 1 ? R : 1);
   const char* rows = static_cast<const char*>(m.data) + out * row_bytes;
   Sums total[R][M] = {};
-  float taken[R][M] = {};  // by what centres the weights
+  float taken[R][M] = {};  // by what centres the weights, where it is not in the totals
   for (int64_t start = 0; start < layout.blocks; start += kSegment) {
     int64_t count = std::min(kSegment, layout.blocks - start);
     // The scales of weights and inputs, multiplied; zero where a unit has no second half.
     float scales[R][M][kScales];
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       int64_t begin = (out + r * apart) * groups;
-      float raw[kScales + kLanes], repeated[kSegment + kLanes], *each = raw;  // block's
-      if (kSplit == 2) {
+      float raw[kScales + kLanes], repeated[kSegment + kLanes];
+      const float* each = raw;  // block's
+      if (converted != nullptr) {
+        each = converted + r * apart * groups + start;
+      } else if (kSplit == 2) {
         read_floats(m.scale, m.scale_kind, begin + 2 * start, 2 * count, raw);
       } else if (in_group == 1) {
         read_floats(m.scale, m.scale_kind, begin + start, count, raw);
@@ -317,24 +326,30 @@ PUNA_INLINE void quantized_some(const PunaMatrix& m, const QuantizedLayout& layo
         read_floats(m.scale, m.scale_kind, begin + first, some, raw);
         each = repeat(raw, in_group, start - first * in_group, count, repeated);
       }
-      for (int64_t b = count; kSplit == 1 && b % kLanes != 0; ++b) each[b] = 0.0f;
+      if constexpr (kSplit == 2) {
+        for (int64_t h = 0; h < 2 * count; ++h)
+          for (int i = 0; i < M; ++i)
+            scales[r][i][h] = each[h] * x[i * x_row + layout.scales + start + h / 2];
+        continue;
+      }
       Floats common[M] = {};
-      for (int64_t b = 0; kSplit == 1 && b < count; b += kLanes) {
+      for (int64_t b = 0; b < count; b += kLanes) {
         Floats scale = load<Floats>(each + b);
+        if (b + kLanes > count) scale = first_lanes(scale, count - b);
 #pragma GCC unroll 8
         for (int i = 0; i < M; ++i) {
           const float* inputs = x + i * x_row + start + b;
           store(scales[r][i] + b, scale * load<Floats>(inputs + layout.scales));
-          if (kind == PUNA_U4 && m.low == nullptr)
-            common[i] += scale * load<Floats>(inputs + layout.sums);
+          if (centred) common[i] += scale * load<Floats>(inputs + layout.sums);
         }
       }
-      for (int i = 0; is_centred(m) && i < M; ++i)
-        taken[r][i] += sum(common[i]);
-      for (int64_t h = 0; kSplit == 2 && h < 2 * count; ++h)
-        for (int i = 0; i < M; ++i)
-          scales[r][i][h] = raw[h] * x[i * x_row + layout.scales + start + h / 2];
-      for (int i = 0; count % kEach != 0 && i < M; ++i) scales[r][i][count] = 0.0f;
+#pragma GCC unroll 8
+      for (int i = 0; centred && i < M; ++i) {
+        if constexpr (kLanes == kSums)
+          total[r][i] -= Sums(common[i]) * 8.0f;
+        else
+          taken[r][i] += 8.0f * sum(common[i]);
+      }
     }
     const char* weights = rows + start / kEach * kUnitBytes;
     const int16_t* inputs = reinterpret_cast<const int16_t*>(x) + start * kBlock;
@@ -362,7 +377,7 @@ PUNA_INLINE void quantized_some(const PunaMatrix& m, const QuantizedLayout& layo
     for (int i = 0; i < M; ++i) {
       const float* row = x + i * x_row;
       float result = sum_of(total[r][i]);
-      if (is_centred(m)) result += centre(m) * taken[r][i];
+      if constexpr (kLanes != kSums) result -= taken[r][i];
       if (m.low != nullptr) result += sum_of_lows(m, out + r * apart, row + layout.sums);
       for (int64_t k = layout.blocks * kBlock; k < m.in; ++k)
         result += read_float(m.scale, m.scale_kind, (out + r * apart) * groups + k / m.group) *

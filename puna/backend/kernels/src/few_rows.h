@@ -22,6 +22,8 @@ PUNA_INLINE bool is_quantized(const PunaMatrix& m) {
 struct FloatLayout {
   explicit FloatLayout(const PunaMatrix&) {}
 };
+PUNA_INLINE int64_t groups_in(const FloatLayout&) { return 0; }
+PUNA_INLINE int64_t groups_in(const QuantizedLayout& layout) { return layout.groups; }
 
 // Floats of scratch for a row of x.
 PUNA_INLINE int64_t few_row(const PunaMatrix& m) {
@@ -98,33 +100,62 @@ PUNA_INLINE void floats_some(const PunaMatrix& m, const float* x, int64_t x_row,
 }
 
 template <typename Read, int M, int R, typename Layout>
-PUNA_INLINE void few_some(const PunaMatrix& m, const Layout& layout, const float* x, int64_t x_row,
-                          int64_t out, int64_t apart, float* y, int64_t y_stride) {
-  if constexpr (std::is_same<Read, ReadI8>::value)
-    m.group < kBlock
-        ? quantized_some<PUNA_I8, true, M, R>(m, layout, x, x_row, out, apart, y, y_stride)
-        : quantized_some<PUNA_I8, false, M, R>(m, layout, x, x_row, out, apart, y, y_stride);
-  else if constexpr (std::is_same<Read, ReadU4>::value)
-    quantized_some<PUNA_U4, true, M, R>(m, layout, x, x_row, out, apart, y, y_stride);
-  else
+PUNA_INLINE void few_some(const PunaMatrix& m, const Layout& layout, const float* converted,
+                          const float* x, int64_t x_row, int64_t out, int64_t apart, float* y,
+                          int64_t y_stride) {
+  if constexpr (std::is_same<Read, ReadI8>::value) {
+    if (m.group < kBlock)
+      quantized_some<PUNA_I8, true, M, R>(m, layout, converted, x, x_row, out, apart, y, y_stride);
+    else
+      quantized_some<PUNA_I8, false, M, R>(m, layout, converted, x, x_row, out, apart, y, y_stride);
+  } else if constexpr (std::is_same<Read, ReadU4>::value) {
+    quantized_some<PUNA_U4, true, M, R>(m, layout, converted, x, x_row, out, apart, y, y_stride);
+  } else {
     floats_some<Read, M, R>(m, x, x_row, out, apart, y, y_stride);
+  }
 }
 
+// `converted`: of quantized weights, perhaps the scales of these results; see `quantized_some`.
 template <typename Read, int M, typename Layout>
-void few_results(const PunaMatrix& m, const Layout& layout, const float* x, int64_t x_row,
-                 int64_t begin, int64_t end, float* y, int64_t y_stride) {
+void few_results(const PunaMatrix& m, const Layout& layout, const float* converted, const float* x,
+                 int64_t x_row, int64_t begin, int64_t end, float* y, int64_t y_stride) {
   // As many results at once as there are registers for their sums, and for other rows' latency.
   constexpr int R = M == 1 ? 4 : Read::kQuantized ? 2 : 3;
+  auto scales = [&](int64_t out) {
+    return converted == nullptr ? nullptr : converted + (out - begin) * groups_in(layout);
+  };
   int64_t out = begin;
   if constexpr (M == 1) {  // R streams through the weights, each as long as can be
     int64_t each = (end - begin) / R;
-    for (int64_t i = 0; i < each; ++i)
-      few_some<Read, M, R>(m, layout, x, x_row, begin + i, each, y + i, y_stride);
-    out += each * R;
+    for (; out < begin + each; ++out)
+      few_some<Read, M, R>(m, layout, scales(out), x, x_row, out, each, y + out - begin, y_stride);
+    out = begin + each * R;
   }
   for (; out + R <= end; out += R)
-    few_some<Read, M, R>(m, layout, x, x_row, out, 1, y + out - begin, y_stride);
-  for (; out < end; ++out) few_some<Read, M, 1>(m, layout, x, x_row, out, 1, y + out - begin, y_stride);
+    few_some<Read, M, R>(m, layout, scales(out), x, x_row, out, 1, y + out - begin, y_stride);
+  for (; out < end; ++out)
+    few_some<Read, M, 1>(m, layout, scales(out), x, x_row, out, 1, y + out - begin, y_stride);
+}
+
+// The same, with scales converted for as many results as fit.
+template <typename Read, int M, typename Layout>
+PUNA_INLINE void few_range(const PunaMatrix& m, const Layout& layout, const float* x, int64_t x_row,
+                           int64_t begin, int64_t end, float* y, int64_t y_stride) {
+  if constexpr (Read::kQuantized) {
+    int64_t groups = layout.groups, some = kConverted / groups / 4 * 4;
+    if (m.group == kBlock && some > 0) {
+      alignas(64) float converted[kConverted + kLanes];
+      for (int64_t out = begin; out < end; out += some) {
+        int64_t here = std::min(some, end - out);
+        read_floats(m.scale, m.scale_kind, out * groups, here * groups, converted);
+        store(converted + here * groups, Floats{});
+        few_results<Read, M>(m, layout, converted, x, x_row, out, out + here, y + out - begin,
+                             y_stride);
+      }
+      return;
+    }
+  }
+  few_results<Read, M>(m, layout, nullptr, x, x_row, begin, end, y, y_stride);
 }
 
 template <typename Read>
@@ -141,13 +172,13 @@ void few_all(const PunaMatrix& m, const float* scratch, int64_t rows, int64_t be
       float* to = y + row * y_stride + some - begin;
       int64_t left = rows - row;
       if (left >= 4) {
-        few_results<Read, 4>(m, layout, x, x_row, some, until, to, y_stride), row += 4;
+        few_range<Read, 4>(m, layout, x, x_row, some, until, to, y_stride), row += 4;
       } else if (left == 3) {
-        few_results<Read, 3>(m, layout, x, x_row, some, until, to, y_stride), row += 3;
+        few_range<Read, 3>(m, layout, x, x_row, some, until, to, y_stride), row += 3;
       } else if (left == 2) {
-        few_results<Read, 2>(m, layout, x, x_row, some, until, to, y_stride), row += 2;
+        few_range<Read, 2>(m, layout, x, x_row, some, until, to, y_stride), row += 2;
       } else {
-        few_results<Read, 1>(m, layout, x, x_row, some, until, to, y_stride), row += 1;
+        few_range<Read, 1>(m, layout, x, x_row, some, until, to, y_stride), row += 1;
       }
     }
   }

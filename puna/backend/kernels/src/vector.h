@@ -62,6 +62,18 @@ PUNA_INLINE Floats splat(float f) {
 #endif
 }
 
+// The first `count` lanes; zeros in the others.
+PUNA_INLINE Floats first_lanes(Floats v, int64_t count) {
+#if PUNA_LANES == 16
+  const Ints lanes{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#elif PUNA_LANES == 8
+  const Ints lanes{0, 1, 2, 3, 4, 5, 6, 7};
+#else
+  const Ints lanes{0, 1, 2, 3};
+#endif
+  return Floats(Words(v) & Words(lanes < int32_t(count)));
+}
+
 #if defined(__AVX2__)
 PUNA_INLINE float sum_of_eight(__m256 v) {
   __m256 twos = _mm256_hadd_ps(v, v), fours = _mm256_hadd_ps(twos, twos);
