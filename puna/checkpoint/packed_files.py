@@ -50,8 +50,17 @@ def to_write(
         name: of the matrix, such as `lm_head`.
         matrix: what it is.
         read: for each of `puna.quantization.arrays.variables`, what gives the array.
+
+    Raises:
+        PresetError: the format cannot store it without loss.
     """
     (out, in_features), scheme = matrix
+    if scheme.free_minima:
+        raise PresetError(
+            f"{name} is held as a GGUF file has it, with minima that the compressed-tensors format "
+            'cannot store; load the file with quantization="none" and save that, which can be '
+            "quantized anew"
+        )
     if scheme.bits == 4:
         words = -(-in_features // 8)
         yield TensorSpec(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from puna.backend.packed import Packed
 from puna.quantization.scheme import Scheme
+
+if TYPE_CHECKING:  # of a package that imports Keras
+    from puna.backend.packed import Packed
 
 # The first two hold the numbers: two to a byte, or int8. The others hold scales and minima.
 PACKED, WEIGHT, SCALE, LOW = "weight_packed", "weight", "weight_scale", "weight_low"

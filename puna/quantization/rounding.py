@@ -51,8 +51,14 @@ def quantize(
         Arrays of NumPy, aligned as backends want them. Without minima, `low` is None.
 
     Raises:
-        ConfigError: it is no matrix, or holds NaN or infinite numbers.
+        ConfigError: it is no matrix, or holds NaN or infinite numbers; or the scheme has free
+            minima, to which nothing is rounded.
     """
+    if scheme.free_minima:
+        raise ConfigError(
+            f"{name} cannot be rounded to {scheme}, which is for matrices of GGUF files alone; "
+            "leave out free_minima"
+        )
     if matrix.ndim != 2 or 0 in matrix.shape:
         raise ConfigError(f"{name} has shape {matrix.shape}; expected a matrix (out, in)")
     out, in_features = matrix.shape

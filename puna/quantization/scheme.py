@@ -11,6 +11,7 @@ from typing import Any
 from puna.errors import ConfigError
 
 GROUP_SIZES = (32, 64, 128)
+SMALL_GROUP = 16  # of 8 bits without minima alone
 SCALE_DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -19,14 +20,17 @@ class Scheme:
     """How a matrix `(out, in)` is stored: whole numbers, and a scale for each group of inputs.
 
     A weight is `scale * q`, or `scale * (q - zero)` where the scheme is not symmetric; `zero` is a
-    whole number of as many bits as `q`.
+    whole number of as many bits as `q`. With `free_minima` it is `scale * q + low`.
 
     Args:
         bits: 8 or 4, of each number.
-        group_size: inputs that share a scale: 32, 64 or 128; None means all, "per channel".
+        group_size: inputs that share a scale: 32, 64 or 128; None means all, "per channel". For
+            symmetric schemes of 8 bits it may be 16.
         symmetric: whether zero is in the middle; else each group has a minimum of its own.
         scale_dtype: in which scales are stored, "bfloat16", "float16" or "float32"; None means the
             matrix's own half precision, and float32 for any other.
+        free_minima: whether minima are any numbers of the scales' dtype, as GGUF files have them,
+            and no whole multiples of scales. Matrices are read so, not rounded to it.
 
     Raises:
         ConfigError: a value is not one of these.
@@ -39,6 +43,7 @@ class Scheme:
     group_size: int | None = None
     symmetric: bool = True
     scale_dtype: str | None = None
+    free_minima: bool = False
 
     def __post_init__(self):
         allowed: dict[str, tuple[Any, ...]] = {
@@ -46,7 +51,10 @@ class Scheme:
             "group_size": (None, *GROUP_SIZES),
             "symmetric": (True, False),
             "scale_dtype": (None, *SCALE_DTYPES),
+            "free_minima": (False,) if self.symmetric else (False, True),
         }
+        if self.bits == 8 and self.symmetric is True:
+            allowed["group_size"] += (SMALL_GROUP,)
         for name, values in allowed.items():
             value = getattr(self, name)
             if not any(value is v or (type(value) is type(v) and value == v) for v in values):
@@ -83,6 +91,7 @@ class Scheme:
         they are a multiple of, and where there is none, one scale for all inputs of a row.
         """
         sizes = [s for s in GROUP_SIZES if self.group_size and s <= self.group_size]
+        sizes = [SMALL_GROUP] if self.group_size == SMALL_GROUP else sizes
         fitting = [s for s in sizes if in_features % s == 0]
         own = weight_dtype if weight_dtype in SCALE_DTYPES else "float32"
         return dataclasses.replace(
@@ -91,11 +100,12 @@ class Scheme:
 
     @property
     def held_scale_dtype(self) -> str:
-        """In which dtype scales are held in memory: float32 beside minima.
+        """In which dtype scales are held in memory: float32 beside minima that are made of zeros.
 
         `-zero * scale` has more digits than half precision, and products take both in one dtype.
         """
-        return (self.scale_dtype or "float32") if self.symmetric else "float32"
+        as_stored = self.symmetric or self.free_minima
+        return (self.scale_dtype or "float32") if as_stored else "float32"
 
     def to_config(self) -> dict[str, Any]:
         """The fields, as JSON; `Scheme(**fields)` is the inverse."""

@@ -128,7 +128,8 @@ def test_the_wheel_builds_without_a_compiler(tmp_path):
         "with warnings.catch_warnings(record=True) as told:\n"
         "    warnings.simplefilter('always')\n"
         "    for _ in range(2):\n"
-        "        y = ops.linear(*map(puna.backend.keras.ops.convert_to_tensor, (x, w)), 'float32')\n"
+        "        x, w = map(puna.backend.keras.ops.convert_to_tensor, (x, w))\n"
+        "        y = ops.linear(x, w, 'float32')\n"
         "print(float(y[1, 3]), sum('KernelsMissing' in w.category.__name__ for w in told))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
