@@ -19,7 +19,7 @@ help:
 	@echo "make test    all checks and tests, on JAX, PyTorch and TensorFlow"
 	@echo "make check   format, lint, types, import direction, docstring examples"
 	@echo "make soak    the long acceptance runs"
-	@echo "make fuzz    40,000 broken and hostile files: each loads, or is refused in one line"
+	@echo "make fuzz    45,000 broken and hostile files: each loads, or is refused in one line"
 	@echo "make clean   remove what the others made"
 
 # The demo needs little; tests need everything. Each keeps a stamp, so that a second run starts at once.
