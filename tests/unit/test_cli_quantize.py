@@ -3,6 +3,7 @@
 import json
 import math
 
+import keras
 import numpy as np
 import pytest
 from typer.testing import CliRunner
@@ -87,7 +88,7 @@ def test_perplexity_is_the_strided_one(tmp_path, preset):
     total, count, before = 0.0, 0, 0
     for begin in range(0, len(ids), 8):
         end = min(begin + 32, len(ids))
-        logits = np.asarray(model(ids[None, begin:end])[0], np.float64)
+        logits = keras.ops.convert_to_numpy(model(ids[None, begin:end])[0]).astype(np.float64)
         logprobs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
         wanted = [place for place in range(begin + 1, end) if place >= before]
         total -= sum(logprobs[place - begin - 1, ids[place]] for place in wanted)
