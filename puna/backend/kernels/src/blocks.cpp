@@ -33,7 +33,10 @@ thread_local Scratch between, prepared, normed, computed;
 class Walk {
  public:
   Walk(const PunaBlocks& all, int threads)
-      : all_(all), threads_(threads), rows_(all.rows * all.tokens), counters_(kPhases * all.count * (threads + 1)) {
+      : all_(all),
+        threads_(threads),
+        rows_(all.rows * all.tokens),
+        counters_(kPhases * all.count * (threads + 1)) {
     const PunaBlock& b = all.blocks[0];
     int64_t query = rows_ * b.query.out, key = rows_ * b.key.out, hidden = rows_ * b.gate.out;
     char* memory = reinterpret_cast<char*>(between.floats(2 * query + 2 * key + hidden));

@@ -284,7 +284,7 @@ PUNA_INLINE const float* repeat(const float* groups, int64_t times, int64_t skip
   return to;
 }
 
-// Rows whose scales are converted together, and how many scales that may be.
+// How many scales are converted together at most.
 constexpr int64_t kConverted = 2048;
 
 // R results of each of M rows: from `out` on, `apart` from one to the next. `halves`: a scale for
