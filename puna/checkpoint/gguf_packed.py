@@ -28,10 +28,6 @@ SCHEMES: dict[str, Scheme] = {
 }
 
 
-class DequantizedWarning(UserWarning):
-    """Matrices of a GGUF file are of types that cannot be held packed, and take more memory."""
-
-
 def repack(
     stored: str,
     blocks: np.ndarray,

@@ -238,10 +238,9 @@ class Loading:
     ] = None
 
     quantization: Annotated[
-        Literal["int4", "int8", "none"] | None,
+        Literal["int4", "int8"] | None,
         typer.Option(
-            help="Quantize the weights while they are read; with none, dequantize those of a "
-            "quantized checkpoint, which else stay packed.",
+            help="Quantize the weights while they are read.",
             rich_help_panel=_LOADING,
             show_default=False,
         ),

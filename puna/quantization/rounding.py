@@ -94,16 +94,6 @@ def quantize(
 
 def dequantize(packed: Packed) -> np.ndarray:
     """The matrix `(out, in)` in float32 that a packed one of NumPy's arrays stands for."""
-    matrix = aligned_empty(packed.shape, np.dtype(np.float32))
-    rows = max(1, _BLOCK // packed.in_features)
-    for start in range(0, len(matrix), rows):
-        arrays = [array[start : start + rows] for array in packed.arrays]
-        some = Packed(*arrays, *[None] * (3 - len(arrays)), packed.in_features, packed.group)
-        matrix[start : start + rows] = _dequantized(some)
-    return matrix
-
-
-def _dequantized(packed: Packed) -> np.ndarray:
     q = unpacked(packed).astype(np.float32)
     scale = packed.scale.astype(np.float32).repeat(packed.group, axis=1)
     if packed.low is None:
