@@ -89,7 +89,8 @@ def train(preset: str, new_tokens: int) -> None:
     title("Training on strings")
     # All weights are trained here, so they are loaded in float32: a step's change of a bfloat16
     # weight would mostly be rounded away. "mixed_bfloat16" computes faster, with float32 weights.
-    model = puna.models.Llama3CausalLM.from_preset(preset, dtype="float32")
+    # What is quantized, as in most GGUF files, can only be trained when it is dequantized.
+    model = puna.models.Llama3CausalLM.from_preset(preset, dtype="float32", quantization="none")
     model.preprocessor.sequence_length = 64
     strings = [
         "Q: Aye there! A: Aye! What be on yer mind?",

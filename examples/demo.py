@@ -14,7 +14,7 @@ DEFAULT_QUESTION = "What is the capital of France, and what is it famous for?"
 def main(preset: str, question: str = DEFAULT_QUESTION) -> None:
     start = time.perf_counter()
     model = puna.models.CausalLM.from_preset(preset)
-    print(f"Loaded {model.count_params():,} parameters in {time.perf_counter() - start:.1f} s.")
+    print(f"Loaded {model.name} in {time.perf_counter() - start:.1f} s.")
 
     chat = puna.ChatState(model, sampler="greedy", max_new_tokens=128)
     print("Compiling for the first answer; this takes some seconds …")

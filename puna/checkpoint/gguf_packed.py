@@ -28,6 +28,10 @@ SCHEMES: dict[str, Scheme] = {
 }
 
 
+class DequantizedWarning(UserWarning):
+    """Matrices of a GGUF file are of types that cannot be held packed, and take more memory."""
+
+
 def repack(
     stored: str,
     blocks: np.ndarray,

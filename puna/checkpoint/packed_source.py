@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from puna.checkpoint.packed_files import Matrix
 from puna.checkpoint.source import TensorInfo, TensorSource
 from puna.errors import ConfigError, PresetError
 from puna.quantization.arrays import SCALE, WEIGHT, arrays_of, variables
-from puna.quantization.rounding import quantize
+from puna.quantization.rounding import dequantize, quantize
 from puna.quantization.scheme import Scheme
 
 
@@ -30,7 +30,10 @@ class PackedSource:
     Args:
         base: the checkpoint.
         matrices: what shall be quantized, under names such as `model.layers.0.mlp.up_proj`.
-        layouts: how it is stored, where the checkpoint is quantized; None where it is not.
+        layouts: how it is stored, where the checkpoint is quantized as compressed-tensors are;
+            None where it is not.
+        packed: reads a matrix under its name, where the checkpoint has it packed in another way;
+            None where we quantize it.
         is_tied: whether the head is the embedding; a head that is stored all the same is compared
             with it, and left out.
 
@@ -45,10 +48,12 @@ class PackedSource:
         matrices: Mapping[str, Matrix],
         layouts: Mapping[str, Layout] | None = None,
         *,
+        packed: Callable[[str], Packed] | None = None,
         is_tied: bool = False,
     ):
         self.base = base
         self._layouts = layouts
+        self._packed = packed
         # A checkpoint of a bare backbone lacks the "model.".
         bare = not any(name.startswith("model.") for name in base.names())
         self._stored = {n: n.removeprefix("model.") if bare else n for n in matrices}
@@ -109,8 +114,10 @@ class PackedSource:
             ends = {n.removeprefix(f"{stored}."): n for n in self._consumed(stored)}
             tensors = {end: self.base.read(theirs) for end, theirs in ends.items()}
             return packed_files.from_file(name, matrix, self._layouts[name], tensors)
-        array = self.base.read(f"{stored}.{WEIGHT}")
         try:
+            if self._packed is not None:
+                return self._packed(stored)
+            array = self.base.read(f"{stored}.{WEIGHT}")
             return quantize(array, matrix.scheme, name=f"{name}.{WEIGHT}")
         except ConfigError as error:
             raise PresetError(str(error)) from error
@@ -147,6 +154,33 @@ class PackedSource:
             size = int(np.prod(shape)) * numpy_dtype(dtype).itemsize
             info = TensorInfo(shape, numpy_dtype(dtype), size, first.file, matrix.scheme.name)
             self._infos[f"{stored}.{key}"] = (stored, key, info)
+
+
+class DequantizedSource(PackedSource):
+    """A quantized checkpoint's matrices in float32; see `PackedSource`, which needs `layouts`."""
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor; see `TensorSource.read`.
+
+        Raises:
+            PresetError: there is no tensor of that name, or it is not what it should be.
+        """
+        if name not in self._infos:
+            return self.base.read(name)
+        return dequantize(self._make(self._infos[name][0]))
+
+    def release(self, name: str) -> None:
+        """Give back the memory of the file pages that a tensor was made of."""
+        made_of = self._consumed(self._infos[name][0]) if name in self._infos else [name]
+        for theirs in made_of:
+            self.base.release(theirs)
+
+    def _describe(self, stored: str, matrix: Matrix) -> None:
+        file = self.base.info(self._consumed(stored)[0]).file
+        dtype = np.dtype(np.float32)
+        size = dtype.itemsize * matrix.shape[0] * matrix.shape[1]
+        info = TensorInfo(matrix.shape, dtype, size, file, "F32")
+        self._infos[f"{stored}.{WEIGHT}"] = (stored, WEIGHT, info)
 
 
 def with_scale_dtypes(

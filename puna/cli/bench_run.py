@@ -171,6 +171,8 @@ def describe(model: Any) -> dict[str, Any]:
     """What runs where."""
     import keras
 
+    from puna.cli.conversion import expected_shapes
+
     backend = keras.backend.backend()
     variables = list(model.variables)
     versions = {"python": platform.python_version()}
@@ -179,7 +181,7 @@ def describe(model: Any) -> dict[str, Any]:
     # Keras has imported it, and its package may have another name, such as tensorflow-cpu.
     versions[backend] = str(getattr(sys.modules.get(backend), "__version__", "unknown"))
     return {
-        "parameters": sum(_count(v.shape) for v in variables),
+        "parameters": sum(map(_count, expected_shapes(model.config).values())),
         "weights_bytes": sum(_count(v.shape) * _itemsize(v.dtype) for v in variables),
         "dtype": model.dtype_policy.compute_dtype,
         "backend": backend,

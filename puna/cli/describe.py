@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from puna.checkpoint import compressed_tensors
+from puna.checkpoint.gguf import GGUFSource
 from puna.checkpoint.preset import Preset
 from puna.checkpoint.source import TensorSource
 from puna.checkpoint.variable_names import NO_PARAMETERS
 from puna.cli.conversion import expected_shapes
 from puna.config import LlamaConfig
 from puna.errors import TemplateError, TokenizerError
+from puna.quantization.arrays import WEIGHT, held_bytes
 from puna.text.template import ChatTemplate
 from puna.text.tokenizer import Tokenizer
 
@@ -58,6 +60,8 @@ def describe(
         if quantized is not None:  # they are held as they are stored
             count = sum(math.prod(shape) for shape in expected_shapes(config).values())
             weights = sum(source.info(name).nbytes for name in names)
+        elif opened.gguf is not None and not opened.adapters:
+            weights += _more_by_packing(opened.gguf, BYTES.get(run_as, 4))
         return {
             "format": opened.format,
             "architecture": _architecture(config),
@@ -73,6 +77,15 @@ def describe(
         }
     finally:
         source.close()
+
+
+def _more_by_packing(source: GGUFSource, size: int) -> int:
+    """By how many bytes the matrices that stay packed take more than as floats; mostly below 0."""
+    difference = 0
+    for name, scheme in source.schemes().items():
+        out, in_features = source.info(f"{name}.{WEIGHT}").shape
+        difference += held_bytes((out, in_features), scheme) - out * in_features * size
+    return difference
 
 
 def _architecture(config: LlamaConfig) -> dict[str, Any]:

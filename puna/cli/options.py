@@ -238,9 +238,10 @@ class Loading:
     ] = None
 
     quantization: Annotated[
-        Literal["int4", "int8"] | None,
+        Literal["int4", "int8", "none"] | None,
         typer.Option(
-            help="Quantize the weights while they are read.",
+            help="Quantize the weights while they are read; with none, dequantize those of a "
+            "quantized checkpoint, which else stay packed.",
             rich_help_panel=_LOADING,
             show_default=False,
         ),

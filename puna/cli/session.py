@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from puna.cli import interrupts, terminal, transcript
+from puna.cli.conversion import expected_shapes
 from puna.cli.lines import FENCE, Lines
 from puna.cli.pace import Pace
 from puna.errors import ContextLengthError, PunaError
@@ -252,7 +253,8 @@ class Session:
         import keras
 
         model = self.chat.model
-        count = sum(math.prod(variable.shape) for variable in model.tensors().values())
+        # Of a quantized model, variables hold several weights in a byte, and scales.
+        count = sum(math.prod(shape) for shape in expected_shapes(model.config).values())
         self._say(
             f"{Path(self.preset).name}: {count / 1e6:,.0f} million parameters, "
             f"{model.dtype_policy.name}, {keras.backend.backend()}, context {self._context:,} "

@@ -52,13 +52,16 @@ class CausalLM(keras.Model):
                 `hf://org/name[/file][@revision]`; or a name of `puna.checkpoint.hub.PRESETS`.
             load_weights: False makes random weights of the same shape.
             dtype: a dtype's name or a Keras dtype policy; None means the checkpoint's own dtype,
-                and float32 for quantized GGUF files.
+                and float32 for quantized GGUF files. Quantized matrices stay as they are.
             revision: a branch, tag or commit of the Hub, where the address names none.
             adapter: the directory or address of a PEFT adapter, merged into the weights.
             quantization: "int8", "int4", a `puna.quantization.scheme.Scheme`, or regular
                 expressions for the names of matrices with a scheme each: the matrices are
-                quantized while they are read, one at a time. A checkpoint that is already
-                quantized, in the compressed-tensors format, is kept as it is, and takes none.
+                quantized while they are read, one at a time. None leaves them as the checkpoint
+                has them: those in the compressed-tensors format, and in a GGUF file's Q8_0, Q4_0,
+                Q4_1, Q4_K and Q6_K, stay packed, without loss, and are not trained. "none"
+                dequantizes them, to be trained, saved or given an adapter. A checkpoint in the
+                compressed-tensors format takes nothing else.
             **kwargs: `preprocessor=None` leaves out the tokenizer; anything else goes to the
                 constructor.
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import keras
 
 from puna.backend import build
 from puna.checkpoint import compressed_tensors, hub
+from puna.checkpoint.gguf import GGUFSource
+from puna.checkpoint.gguf_packed import SCHEMES, DequantizedWarning
 from puna.checkpoint.load import load_weights as fill
 from puna.checkpoint.packed_files import Matrix
-from puna.checkpoint.packed_source import PackedSource, with_scale_dtypes
+from puna.checkpoint.packed_source import DequantizedSource, PackedSource, with_scale_dtypes
 from puna.checkpoint.peft_config import CONFIG as ADAPTER_CONFIG
 from puna.checkpoint.peft_config import AdapterConfig
 from puna.checkpoint.preset import Preset
@@ -30,6 +34,8 @@ if TYPE_CHECKING:
     from puna.models.causal_lm import Llama3CausalLM
     from puna.models.preprocessor import Llama3CausalLMPreprocessor
     from puna.models.tokenizer import Llama3Tokenizer
+
+NONE = "none"  # of `quantization`: what is quantized shall be dequantized
 
 _UNSET: Any = object()
 _MOST_ADAPTERS = 8  # one upon the other
@@ -108,7 +114,7 @@ def load_causal_lm(
     opened = open_preset(preset, adapter, weights=load_weights, revision=revision)
     hf, quantized = compressed_tensors.split(opened.config)
     config = LlamaConfig.from_hf(hf)
-    recipe = _recipe(quantization, quantized, opened)
+    form = _form(quantization, quantized, opened)
     preprocessor = kwargs.pop("preprocessor", _UNSET)
 
     def make(policy: Any) -> Llama3CausalLM:
@@ -119,7 +125,7 @@ def load_causal_lm(
         reading = None
         if preprocessor is _UNSET:
             reading = pool.submit(preprocessor_of, Llama3CausalLMPreprocessor, opened, {})
-        model = _load(make, opened, load_weights, dtype, recipe, has_head=True)
+        model = _load(make, opened, load_weights, dtype, form, has_head=True)
         model.generation_config = opened.generation_config
         model.preprocessor = reading.result() if reading is not None else preprocessor
     if model.preprocessor is not None:
@@ -140,12 +146,12 @@ def load_backbone(
     opened = open_preset(preset, adapter, weights=load_weights, revision=revision)
     hf, quantized = compressed_tensors.split(opened.config)
     config = LlamaConfig.from_hf(hf)
-    recipe = _recipe(quantization, quantized, opened)
+    form = _form(quantization, quantized, opened)
 
     def make(policy: Any) -> Llama3Backbone:
         return cls(config=config, dtype=policy)
 
-    return _load(make, opened, load_weights, dtype, recipe, has_head=False)
+    return _load(make, opened, load_weights, dtype, form, has_head=False)
 
 
 def load_tokenizer(
@@ -212,23 +218,60 @@ def save_causal_lm(model: Llama3CausalLM, directory: str | os.PathLike[str], **k
     )
 
 
-def _recipe(
+class _Dequantized(NamedTuple):
+    """A checkpoint's `quantization_config`, whose matrices shall become floats."""
+
+    config: dict[str, Any]
+
+
+# How matrices are to be quantized; or how the checkpoint has them, by its `quantization_config` or
+# by its types. None leaves all as floats.
+_Form = Recipe | dict[str, Any] | _Dequantized | GGUFSource | None
+
+
+def _form(
     quantization: Quantization | None, quantized: dict[str, Any] | None, opened: Preset
-) -> Recipe | dict[str, Any] | None:
-    """How matrices are to be quantized, or the checkpoint's own `quantization_config`.
+) -> _Form:
+    """What becomes of the matrices, by the user's choice and the checkpoint.
 
     Raises:
-        ConfigError: it is both, or an adapter shall be merged into whole numbers.
+        ConfigError: a quantized checkpoint shall be quantized, or an adapter be merged into whole
+            numbers.
     """
+    is_none = isinstance(quantization, str) and quantization == NONE
+    if quantized is None and quantization is None and opened.gguf is not None:
+        return _form_of_gguf(opened.gguf, opened)
     if quantized is None:
-        return None if quantization is None else Recipe.parse(quantization)
-    if quantization is not None or opened.adapters:
-        what = f"quantization={quantization!r:.80}" if quantization is not None else "an adapter"
+        return None if quantization is None or is_none else Recipe.parse(quantization)
+    if opened.adapters or not (quantization is None or is_none):
+        what = "an adapter" if opened.adapters else f"quantization={quantization!r:.80}"
         raise ConfigError(
             f"{opened.path} is quantized already, and {what} was given; leave that out, or load "
             "the full-precision checkpoint with it"
         )
-    return quantized
+    return _Dequantized(quantized) if is_none else quantized
+
+
+def _form_of_gguf(source: GGUFSource, opened: Preset) -> GGUFSource | None:
+    """The file, if it has matrices that stay packed; those that do not are warned of."""
+    if others := Counter(source.dequantized().values()):
+        found = ", ".join(f"{count} in {stored}" for stored, count in others.most_common())
+        warnings.warn(
+            f"{opened.path}: {others.total()} matrices are dequantized and take 4 bytes a weight "
+            f"({found}), since only {', '.join(SCHEMES)} stay packed; fetch a file in one of "
+            'these, or give quantization="int8" or "int4"',
+            DequantizedWarning,
+            stacklevel=5,
+        )
+    if not source.schemes():
+        return None
+    if opened.adapters:
+        raise ConfigError(
+            f"{opened.path} is quantized already, and an adapter was given, which cannot be merged "
+            f'into whole numbers; load it with quantization="{NONE}", or load the full-precision '
+            "checkpoint with it"
+        )
+    return source
 
 
 def _load(
@@ -236,22 +279,25 @@ def _load(
     opened: Preset,
     load_weights: bool,
     dtype: Any,
-    recipe: Recipe | dict[str, Any] | None,
+    form: _Form,
     *,
     has_head: bool,
 ) -> Any:
     """Build without memory, then give each variable its value once."""
-    if not load_weights and recipe is None:
+    if not load_weights and (form is None or isinstance(form, _Dequantized)):
         return make(_policy(opened, dtype, None))
     source = opened.tensors() if load_weights else None
     try:
         with build.abstract():
             model = make(_policy(opened, dtype, source))
-            layouts = _set_schemes(model, recipe, source)
+            layouts = _set_schemes(model, form, source)
         if source is not None:
-            if found := matrices_of(model):
+            if isinstance(form, _Dequantized):
+                source = _dequantizing(model, source, layouts or {})
+            elif found := matrices_of(model):
                 is_tied = has_head and "lm_head" not in model.matrices()
-                source = PackedSource(source, found, layouts, is_tied=is_tied)
+                packed = form.read_packed if isinstance(form, GGUFSource) else None
+                source = PackedSource(source, found, layouts, packed=packed, is_tied=is_tied)
             fill(model.tensors(), source, has_head=has_head)
     finally:
         if source is not None:
@@ -263,16 +309,34 @@ def _load(
 
 
 def _set_schemes(
-    model: Any, recipe: Recipe | dict[str, Any] | None, source: TensorSource | None
+    model: Any, form: _Form, source: TensorSource | None
 ) -> dict[str, compressed_tensors.Layout] | None:
-    """Give a model's matrices their form; how the files have them, if they are quantized."""
-    if isinstance(recipe, Recipe):
-        model.set_schemes(recipe.schemes(model.matrices()))
-    if recipe is None or isinstance(recipe, Recipe):
-        return None
-    layouts = compressed_tensors.layouts(recipe, model.matrices())
-    model.set_schemes(with_scale_dtypes(layouts, source))
-    return layouts
+    """Give a model's matrices their form; how a `quantization_config` has them, if there is one."""
+    matrices = model.matrices()
+    if isinstance(form, Recipe):
+        model.set_schemes(form.schemes(matrices))
+    elif isinstance(form, GGUFSource):
+        schemes = form.schemes().items()
+        model.set_schemes({name: scheme for name, scheme in schemes if name in matrices})
+    elif isinstance(form, _Dequantized):
+        return compressed_tensors.layouts(form.config, matrices)
+    elif form is not None:
+        layouts = compressed_tensors.layouts(form, matrices)
+        model.set_schemes(with_scale_dtypes(layouts, source))
+        return layouts
+    return None
+
+
+def _dequantizing(
+    model: Any, source: TensorSource, layouts: dict[str, compressed_tensors.Layout]
+) -> TensorSource:
+    """The source of a quantized checkpoint, with floats for a model's matrices."""
+    shapes = {name: layer.matrix_shape for name, layer in model.matrices().items()}
+    found = {
+        name: Matrix(shapes[name], scheme.fit(shapes[name][1], "float32"))
+        for name, scheme in with_scale_dtypes(layouts, source).items()
+    }
+    return DequantizedSource(source, found, layouts)
 
 
 def matrices_of(model: Any) -> dict[str, Matrix]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from puna.quantization.scheme import Scheme
 
@@ -27,6 +30,14 @@ def variables(shape: tuple[int, int], scheme: Scheme) -> dict[str, tuple[tuple[i
     else:
         arrays = {WEIGHT: (shape, "int8"), SCALE: scales}
     return arrays if scheme.symmetric else arrays | {LOW: scales}
+
+
+def held_bytes(shape: tuple[int, int], scheme: Scheme) -> int:
+    """Bytes of all arrays of a matrix; see `variables`."""
+    return sum(
+        math.prod(sizes) * (2 if dtype == "bfloat16" else np.dtype(dtype).itemsize)
+        for sizes, dtype in variables(shape, scheme).values()
+    )
 
 
 def arrays_of(packed: Packed) -> dict[str, Any]:

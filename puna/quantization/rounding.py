@@ -94,6 +94,17 @@ def quantize(
 
 def dequantize(packed: Packed) -> np.ndarray:
     """The matrix `(out, in)` in float32 that a packed one of NumPy's arrays stands for."""
+    matrix = aligned_empty(packed.shape, np.dtype(np.float32))
+    rows = max(1, _BLOCK // packed.in_features)
+    for start in range(0, len(matrix), rows):
+        block = slice(start, start + rows)
+        low = None if packed.low is None else packed.low[block]
+        some = packed._replace(data=packed.data[block], scale=packed.scale[block], low=low)
+        matrix[block] = _dequantized(some)
+    return matrix
+
+
+def _dequantized(packed: Packed) -> np.ndarray:
     q = unpacked(packed).astype(np.float32)
     scale = packed.scale.astype(np.float32).repeat(packed.group, axis=1)
     if packed.low is None:
