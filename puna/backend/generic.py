@@ -55,6 +55,16 @@ def while_loop(
     return ops.while_loop(goes_on, body, state)
 
 
+def cond(predicate: Tensor, if_true: Callable[[], Any], if_false: Callable[[], Any]) -> Any:
+    """See `BackendOps.cond`."""
+    return ops.cond(predicate, if_true, if_false)
+
+
+def switch(index: Tensor, branches: Sequence[Callable[..., Any]], *operands: Any) -> Any:
+    """See `BackendOps.switch`."""
+    return ops.switch(index, branches, *operands)
+
+
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """See `BackendOps.rms_norm`."""
     return ops.rms_normalization(x, scale=weight, axis=-1, epsilon=epsilon)

@@ -16,6 +16,7 @@ import numpy as np
 from puna.backend import generic
 from puna.backend.generic import (
     attention,
+    cond,
     dequantize,
     embed_packed,
     merge_heads,
@@ -24,6 +25,7 @@ from puna.backend.generic import (
     rotate,
     silu,
     split_heads,
+    switch,
     value,
     while_loop,
 )
@@ -35,8 +37,8 @@ from puna.backend.protocol import BlockWeights, Place, Tensor
 
 __all__ = [
     "aliases", "attend", "attention", "cache_dtype", "cache_read", "cache_write", "call_block",
-    "call_blocks", "compile_step", "embed", "gated", "initialize", "linear", "linears",
-    "merge_heads", "place", "prepare", "rms_norm", "rotate", "silu", "split_heads",
+    "call_blocks", "compile_step", "cond", "embed", "gated", "initialize", "linear", "linears",
+    "merge_heads", "place", "prepare", "rms_norm", "rotate", "silu", "split_heads", "switch",
     "to_numpy", "value", "while_loop",
 ]  # fmt: skip
 

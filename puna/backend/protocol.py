@@ -218,6 +218,16 @@ class BackendOps(Protocol):
         """`state = body(*state)` as long as `goes_on(*state)`, inside a compiled step."""
         ...
 
+    def cond(
+        self, predicate: Tensor, if_true: Callable[[], Any], if_false: Callable[[], Any]
+    ) -> Any:
+        """`if_true()` or `if_false()`, inside a compiled step."""
+        ...
+
+    def switch(self, index: Tensor, branches: Sequence[Callable[..., Any]], *operands: Any) -> Any:
+        """`branches[index](*operands)`, inside a compiled step."""
+        ...
+
     def to_device(self, array: np.ndarray) -> Tensor:
         """The array as a tensor, with nothing compiled; it must not be written to afterwards."""
         ...

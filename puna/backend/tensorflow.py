@@ -12,6 +12,7 @@ from puna.backend.generic import (
     attention,
     call_block,
     call_blocks,
+    cond,
     dequantize,
     embed_packed,
     merge_heads,
@@ -20,6 +21,7 @@ from puna.backend.generic import (
     rotate,
     silu,
     split_heads,
+    switch,
     value,
     while_loop,
 )
@@ -30,8 +32,8 @@ from puna.backend.protocol import Place, Tensor
 
 __all__ = [
     "aliases", "attend", "attention", "cache_dtype", "cache_read", "cache_write", "call_block",
-    "call_blocks", "compile_step", "embed", "gated", "initialize", "linear", "linears",
-    "merge_heads", "place", "prepare", "rms_norm", "rotate", "silu", "split_heads",
+    "call_blocks", "compile_step", "cond", "embed", "gated", "initialize", "linear", "linears",
+    "merge_heads", "place", "prepare", "rms_norm", "rotate", "silu", "split_heads", "switch",
     "to_numpy", "value", "while_loop",
 ]  # fmt: skip
 

@@ -24,7 +24,7 @@ from puna.backend.torch_linear import gated, linear, linears, multiplies_slowly
 
 __all__ = [
     "aliases", "attend", "attention", "cache_dtype", "cache_write", "call_block", "call_blocks",
-    "compile_step", "embed", "gated", "gather_rows", "initialize", "linear", "linears",
+    "compile_step", "cond", "embed", "gated", "gather_rows", "initialize", "linear", "linears",
     "merge_heads", "place", "prepare", "rms_norm", "rotate", "silu", "split_heads", "to_device",
     "to_numpy", "value", "zeros",
 ]  # fmt: skip
@@ -52,15 +52,19 @@ def value(variable: Any, dtype: str | None = None) -> Tensor:
     none of its scopes is open.
     """
     tensor = variable._value
-    if (
-        tensor is None
-        or getattr(GLOBAL_STATE_TRACKER, "stateless_scope", None) is not None
-        or getattr(GLOBAL_STATE_TRACKER, "autocast_scope", None) is not None
-        or getattr(GLOBAL_STATE_TRACKER, "torch_device", None) is not None
-    ):
+    if tensor is None or _is_scoped():
         tensor = variable.value
     wanted = tensor.dtype if dtype is None else getattr(torch, dtype)
     return tensor if tensor.dtype == wanted else tensor.to(wanted)
+
+
+def _is_scoped() -> bool:
+    """Whether one of Keras's scopes may give variables another value than their own."""
+    return (
+        getattr(GLOBAL_STATE_TRACKER, "stateless_scope", None) is not None
+        or getattr(GLOBAL_STATE_TRACKER, "autocast_scope", None) is not None
+        or getattr(GLOBAL_STATE_TRACKER, "torch_device", None) is not None
+    )
 
 
 def embed(weight: Tensor | Packed, token_ids: Tensor) -> Tensor:
@@ -237,6 +241,16 @@ def while_loop(
     return state
 
 
+def cond(predicate: Tensor, if_true: Callable[[], Any], if_false: Callable[[], Any]) -> Any:
+    """See `BackendOps.cond`; Keras's own takes 100 µs, to find out that nothing is symbolic."""
+    return if_true() if predicate else if_false()
+
+
+def switch(index: Tensor, branches: Sequence[Callable[..., Any]], *operands: Any) -> Any:
+    """See `BackendOps.switch`."""
+    return branches[int(index)](*operands)
+
+
 def to_device(array: np.ndarray) -> Tensor:
     """See `BackendOps.to_device`."""
     return torch.from_numpy(array).to(get_device())
@@ -295,7 +309,7 @@ def compile_step(
     memory = _Memory()
 
     def step(*args: Any) -> Any:
-        addresses = tuple([value(variable).data_ptr() for variable in variables])
+        addresses = _addresses(variables)
         if addresses != memory.addresses:
             memory.addresses, memory.blocks = addresses, None
         before, _step.memory = _step.memory, memory
@@ -306,6 +320,12 @@ def compile_step(
             _step.memory = before
 
     return step
+
+
+def _addresses(variables: Sequence[Any]) -> tuple[int, ...]:
+    if _is_scoped() or any(variable._value is None for variable in variables):
+        return tuple([value(variable).data_ptr() for variable in variables])
+    return tuple([variable._value.data_ptr() for variable in variables])
 
 
 def _from_numpy(array: np.ndarray) -> torch.Tensor:

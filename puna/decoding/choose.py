@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from keras import ops
 
+from puna import backend
 from puna.backend.protocol import Tensor
 from puna.decoding import ladder
 from puna.errors import ConfigError
@@ -84,7 +85,7 @@ def choose(logits_BV: Tensor, uniform_B: Tensor, settings: Settings) -> Tensor:
         int32 [B].
     """
     ways = (_greedy, _among_candidates, _among_all, _among_sorted)
-    return ops.switch(settings.form, ways, logits_BV, uniform_B, settings)
+    return backend.ops.switch(settings.form, ways, logits_BV, uniform_B, settings)
 
 
 def _greedy(logits_BV: Tensor, uniform_B: Tensor, settings: Settings) -> Tensor:
@@ -113,7 +114,7 @@ def _among_sorted(logits_BV: Tensor, uniform_B: Tensor, settings: Settings) -> T
     # Where the candidates have more than top-p of all there is, they hold what it leaves.
     few_B = (settings.top_k_B >= logits_BV.shape[-1]) & (share_B > settings.top_p_B)
     few_B &= settings.typical_p_B >= 1
-    return ops.cond(
+    return backend.ops.cond(
         ops.all(few_B),
         lambda: _among_ranked(candidates, total_B, uniform_B, settings),
         lambda: _among_ranked(_ranked(scaled_BV, scaled_BV.shape[-1]), None, uniform_B, settings),
@@ -149,7 +150,7 @@ def _among_ranked(
     weights_BC = ops.where(before_BC < settings.top_p_B[:, None], weights_BC, 0.0)
     enough_BC = weights_BC >= settings.min_p_B[:, None] * weights_BC[:, :1]
     weights_BC = ops.where(enough_BC, weights_BC, 0.0)
-    weights_BC = ops.cond(
+    weights_BC = backend.ops.cond(
         ops.any(settings.typical_p_B < 1),
         lambda: _typical(weights_BC, settings.typical_p_B),
         lambda: weights_BC,
@@ -262,7 +263,7 @@ def change(
         stops_N: int32 [N], the stop tokens; -1 for none.
         changes: the sampler's.
     """
-    return ops.cond(
+    return backend.ops.cond(
         changes.wanted,
         lambda: _changed(logits_BV, history_BS, length_B, prompt_B, stops_N, changes),
         lambda: logits_BV,

@@ -230,6 +230,9 @@ class Programs:
 
     def _make(self, rows: Rows, cache: Cache, wanted: Wanted) -> tuple[Rows, Cache, Made]:
         C, B = wanted.uniform_CB.shape
+        if C == 1:  # without a loop, whose frame costs torch as much as the smallest model's layers
+            rows, cache, now = self._one(0, rows, cache, wanted)
+            return rows, cache, Made(*(array[None] for array in now))
         made = Made(
             ops.full((C, B), -1, "int32"),
             ops.zeros((C, B), "float32"),
@@ -290,7 +293,7 @@ def _logprobs(logits_BV: Tensor, token_B: Tensor, asked: Tensor) -> tuple[Tensor
         shape = (B, CANDIDATES)
         return ops.zeros(B, "float32"), ops.zeros(shape, "int32"), ops.zeros(shape, "float32")
 
-    return ops.cond(asked, lambda: _told(logits_BV, token_B), untold)
+    return backend.ops.cond(asked, lambda: _told(logits_BV, token_B), untold)
 
 
 def _told(logits_BV: Tensor, token_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
