@@ -31,6 +31,10 @@ class Llama3Backbone(Quantizable, keras.Model):
     Hidden states are `[B, T, D]` in the compute dtype. Positions count the tokens of the mask, so
     padding may stand on either side.
 
+    Where several texts share a row, `"segment_ids"`, int [B, T], numbers them: no token sees those
+    of another number, and positions begin anew in each. `"positions"`, int [B, T], gives positions
+    of one's own. Each may be there without the other.
+
     Args:
         config: the model's shape; or else keras-hub's arguments, from `vocabulary_size` to
             `tie_word_embeddings` (see `LlamaConfig.from_keras_hub`).
@@ -103,8 +107,14 @@ class Llama3Backbone(Quantizable, keras.Model):
     def _whole(self, inputs: Any, **options: Any) -> Tensor:
         """Hidden states of whole sequences, with options of `_run`."""
         token_ids_BT, mask_BT = _split_inputs(inputs)
-        positions_BT = ops.maximum(ops.cumsum(ops.cast(mask_BT, "int32"), axis=1) - 1, 0)
-        x_BTD, _ = self._run(token_ids_BT, positions_BT, _causal_mask(mask_BT), **options)
+        segments_BT, positions_BT = _packing(inputs)
+        mask_B1TT = _causal_mask(mask_BT, segments_BT)
+        if positions_BT is None and segments_BT is None:
+            positions_BT = ops.maximum(ops.cumsum(ops.cast(mask_BT, "int32"), axis=1) - 1, 0)
+        elif positions_BT is None:
+            # A token's position is the number of those before it that it sees.
+            positions_BT = ops.sum(ops.cast(mask_B1TT[:, 0], "int32"), axis=-1) - 1
+        x_BTD, _ = self._run(token_ids_BT, positions_BT, mask_B1TT, **options)
         return x_BTD
 
     def step(
@@ -279,11 +289,24 @@ def _split_inputs(inputs: Any) -> tuple[Tensor, Tensor]:
     return ops.cast(token_ids, "int32"), mask
 
 
-def _causal_mask(mask_BT: Tensor) -> Tensor:
-    """True where a query may look: itself, and real tokens before it, `[B, 1, T, T]`."""
+def _packing(inputs: Any) -> tuple[Tensor | None, Tensor | None]:
+    """The segments and positions of packed rows, where they are given."""
+    given = inputs if isinstance(inputs, dict) else {}
+    segments, positions = given.get("segment_ids"), given.get("positions")
+    return (
+        None if segments is None else ops.cast(ops.convert_to_tensor(segments), "int32"),
+        None if positions is None else ops.cast(ops.convert_to_tensor(positions), "int32"),
+    )
+
+
+def _causal_mask(mask_BT: Tensor, segments_BT: Tensor | None = None) -> Tensor:
+    """True, [B, 1, T, T], where a query may look: itself, and real tokens before it in its text."""
     T = ops.shape(mask_BT)[1]
     place_T = ops.arange(T, dtype="int32")
     before_TT = place_T[None, :] <= place_T[:, None]
     # Padding looks at itself, so that no softmax is over nothing.
     itself_TT = place_T[None, :] == place_T[:, None]
-    return (itself_TT | (before_TT & mask_BT[:, None, :]))[:, None]
+    seen_BTT = before_TT & mask_BT[:, None, :]
+    if segments_BT is not None:
+        seen_BTT = seen_BTT & (segments_BT[:, None, :] == segments_BT[:, :, None])
+    return (itself_TT | seen_BTT)[:, None]
