@@ -46,21 +46,26 @@ class Encoder:
         rows = self._plain(texts, self._first)
         return rows if start_id is None else [[start_id, *row] for row in rows]
 
-    def segments(self, segments: Iterable[tuple[str, bool]]) -> list[int]:
-        """Ids of (text, is an added token) pairs, texts as plain characters."""
+    def segments(self, segments: Iterable[tuple[str, bool]]) -> list[list[int]]:
+        """Ids of each of (text, is an added token) pairs, texts as plain characters."""
         runs = list(segments)
-        ids: list[int] = []
+        ids: list[list[int]] = []
         for place, (text, is_token) in enumerate(runs):
             if is_token:
-                ids.append(self._ids[text])
+                ids.append([self._ids[text]])
                 continue
-            before = self.added[runs[place - 1][0]] if place else None
-            after = self.added[runs[place + 1][0]] if place + 1 < len(runs) else None
+            before, after = self._token(runs, place - 1), self._token(runs, place + 1)
             text = text.lstrip() if before is not None and before.rstrip else text
             text = text.rstrip() if after is not None and after.lstrip else text
-            if text:
-                ids += self._plain([text], self._continued if place else self._first)[0]
+            backend = self._continued if place else self._first
+            ids.append(self._plain([text], backend)[0] if text else [])
         return ids
+
+    def _token(self, runs: list[tuple[str, bool]], place: int) -> tokenizers.AddedToken | None:
+        """The added token at a place, where there is one."""
+        if not 0 <= place < len(runs) or not runs[place][1]:
+            return None
+        return self.added[runs[place][0]]
 
     def _plain(self, texts: Sequence[str], backend: tokenizers.Tokenizer) -> list[list[int]]:
         rows = _encode(backend, texts)

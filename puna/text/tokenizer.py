@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -12,8 +12,9 @@ import numpy as np
 import tokenizers
 from tokenizers import processors
 
-from puna.errors import TemplateError, TokenizerError
+from puna.errors import TokenizerError
 from puna.text.added_tokens import list_in_config, new_tokens
+from puna.text.chat_tokens import ChatTokens
 from puna.text.encoder import Encoder
 from puna.text.gguf_tokenizer import settings_from_gguf
 from puna.text.hf_files import settings_from_directory, write_directory
@@ -25,11 +26,10 @@ from puna.text.streaming import (
     StreamDecoder,
     WindowStream,
 )
-from puna.text.template import ChatTemplate
 from puna.text.tiktoken import BEGIN_OF_TEXT, LLAMA3_STOP_TOKENS, start_token_processor
 
 
-class Tokenizer:
+class Tokenizer(ChatTokens):
     """A tokenizer with keras-hub's interface.
 
     Calling it gives ids without a start token, as in keras-hub; `add_special_tokens=True`, the
@@ -197,7 +197,8 @@ class Tokenizer:
         Returns:
             A 1-D int32 array.
         """
-        return np.asarray(self._encoder.segments(segments), dtype=np.int32)
+        pieces = self.encode_pieces(segments)
+        return np.asarray([token_id for piece in pieces for token_id in piece], dtype=np.int32)
 
     # Ids to text
 
@@ -317,72 +318,6 @@ class Tokenizer:
         if self._backend.id_to_token(size - 1) is not None and not self._backend.id_to_token(size):
             return size
         return max(self._backend.get_vocab().values()) + 1
-
-    # Chat templates
-
-    @property
-    def chat_template(self) -> str | None:
-        """The default chat template, where there is one."""
-        return self.chat_templates.get("default")
-
-    def apply_chat_template(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        add_generation_prompt: bool = False,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        tokenize: bool = False,
-        *,
-        documents: Sequence[Mapping[str, Any]] | None = None,
-        chat_template: str | None = None,
-        **variables: Any,
-    ) -> Any:
-        """Write a conversation as the model was trained to read it.
-
-        Args:
-            messages: `{"role": ..., "content": ...}` and what else the template reads.
-            add_generation_prompt: whether to end with the header of the assistant's next turn.
-            tools: JSON schemas of functions that the model may call.
-            tokenize: whether to give ids in place of text. Then only the template makes special
-                tokens; in messages, tools and documents "<|eot_id|>" is plain characters. There
-                is one start token, where the template or this tokenizer begins texts with it.
-            documents: documents for templates that read them.
-            chat_template: the name of one of `chat_templates`, or a template's source.
-            variables: what else the template reads, such as `date_string`.
-
-        Returns:
-            A string, or a 1-D int32 array where `tokenize`.
-
-        Raises:
-            TemplateError: there is no template, or it refuses the conversation.
-        """
-        template = self._template(chat_template, tools is not None)
-        given = {"bos_token": self.start_token or "", "eos_token": self.end_token or ""}
-        if self.pad_token is not None:
-            given["pad_token"] = self.pad_token
-        options: dict[str, Any] = {
-            **given,
-            **variables,
-            "add_generation_prompt": add_generation_prompt,
-            "tools": tools,
-            "documents": documents,
-        }
-        if not tokenize:
-            return template.render(messages, **options)
-        ids = self.encode_segments(template.segments(messages, **options))
-        if self.add_start_token and (not len(ids) or ids[0] != self.start_token_id):
-            ids = np.concatenate([np.asarray([self.start_token_id], dtype=np.int32), ids])
-        return ids
-
-    def _template(self, name: str | None, with_tools: bool) -> ChatTemplate:
-        """The template of a name or source; without either the one for tools or the default."""
-        if name is None:
-            name = "tool_use" if with_tools and "tool_use" in self.chat_templates else "default"
-            if name not in self.chat_templates:
-                raise TemplateError(
-                    "This tokenizer has no chat template, so the model is perhaps not tuned for "
-                    "chat. Use an instruct model, or pass chat_template= a Jinja template."
-                )
-        return ChatTemplate(self.chat_templates.get(name, name), tuple(self._encoder.added))
 
     # Construction
 
