@@ -30,3 +30,7 @@ class ContextLengthError(PunaError, ValueError):
 
 class BackendError(PunaError, RuntimeError):
     """The Keras backend in use cannot do what is asked, or none is installed."""
+
+
+class DataError(PunaError, ValueError):
+    """Rows of training data cannot be read, are of no known kind, or do not fit."""
