@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from puna import models, samplers
+    from puna import models, samplers, tuning
     from puna.chat import ChatState
     from puna.config import LlamaConfig
     from puna.models import load_model
@@ -25,9 +25,10 @@ _PUBLIC = {
     "load_model": "puna.models",
     "models": "puna.models",
     "samplers": "puna.samplers",
+    "tuning": "puna.tuning",
 }
 
-__all__ = ["ChatState", "LlamaConfig", "__version__", "load_model", "models", "samplers"]
+__all__ = ["ChatState", "LlamaConfig", "__version__", "load_model", "models", "samplers", "tuning"]
 
 
 def __getattr__(name: str) -> Any:

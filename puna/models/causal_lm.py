@@ -24,7 +24,7 @@ from puna.models.quantizing import Quantizable
 from puna.models.vocabulary import ResizableVocabulary
 from puna.quantization.scheme import Quantization, Scheme
 from puna.text.tokenizer import Tokenizer
-from puna.tuning.data import Preprocessed, contains_text
+from puna.tuning.data import Preprocessed
 
 _HEAD = "lm_head"
 
@@ -81,7 +81,8 @@ class Llama3CausalLM(Generating, ResizableVocabulary, Quantizable, CausalLM):
     """A Llama that predicts the next token.
 
     Called on `{"token_ids", "padding_mask"}`, each `[B, T]`, it returns logits `[B, T, V]` in
-    float32. `generate`, `fit`, `evaluate` and `predict` take strings where it has a preprocessor.
+    float32; `Llama3Backbone` has what else inputs may say. `generate`, `fit`, `evaluate` and
+    `predict` take text where it has a preprocessor.
 
     Args:
         backbone: a `Llama3Backbone`.
@@ -245,34 +246,38 @@ class Llama3CausalLM(Generating, ResizableVocabulary, Quantizable, CausalLM):
             self.optimizer.build(self.trainable_variables)
 
     def fit(self, x: Any = None, y: Any = None, **kwargs: Any) -> Any:
-        """Keras's `fit`, on strings too: a list or array, or a data set or generator of batches.
+        """Keras's `fit`, on text too.
 
-        The result of training on strings is the same as that on what the preprocessor makes of
-        them. Texts that had to be cut are counted, and the count is shown.
+        Args:
+            x: rows: strings, chats, prompts with completions and what else `puna.tuning.rows`
+                knows, in a list, an array, a data frame, a data set of any library, a generator,
+                or the `pathlib.Path` of a file; `puna.tuning.TextData` of rows, which can be
+                packed and says what is learned; or arrays, as in Keras.
+            y: labels of arrays; rows bring their own.
+            **kwargs: as in Keras. `validation_data` takes what `x` takes; `batch_size` holds for
+                all of it.
+
+        Rows that had to be cut are counted, and the count is shown.
+
+        Raises:
+            DataError: rows are bad; it names the first of them.
         """
         self._check_trainable_dtype()
         self._check_optimizer()
         self._compile_if_needed()
-        with self._preprocessed(x, y, kwargs) as data:
-            if contains_text(x) and not isinstance(data["x"], dict):
-                data.setdefault("shuffle", False)  # a data set has its own order; Keras warns else
+        with Preprocessed(self.preprocessor, "fit", x, y, kwargs) as data:
             return super().fit(**data)
 
     def evaluate(self, x: Any = None, y: Any = None, **kwargs: Any) -> Any:
-        """Keras's `evaluate`, on strings too; see `fit`."""
+        """Keras's `evaluate`, on text too; see `fit`."""
         self._compile_if_needed()
-        with self._preprocessed(x, y, kwargs) as data:
+        with Preprocessed(self.preprocessor, "evaluate", x, y, kwargs) as data:
             return super().evaluate(**data)
 
     def predict(self, x: Any, **kwargs: Any) -> Any:
-        """Keras's `predict`, on strings too: logits `[B, T, V]`."""
-        with self._preprocessed(x, None, kwargs, labels=False) as data:
+        """Keras's `predict`, on text too: logits `[B, T, V]`, a row for each of `x`."""
+        with Preprocessed(self.preprocessor, "predict", x, None, kwargs) as data:
             return super().predict(**data)
-
-    def _preprocessed(self, x: Any, y: Any, kwargs: dict[str, Any], labels: bool = True):
-        if contains_text(x) or contains_text(kwargs.get("validation_data")):
-            self._require_preprocessor("preprocessor, and strings were given")
-        return Preprocessed(self.preprocessor, x, y, kwargs, labels=labels)
 
     def _compile_if_needed(self) -> None:
         if not self.compiled:

@@ -6,7 +6,7 @@ import puna
 
 pytestmark = pytest.mark.backend_free
 
-PUBLIC = ["ChatState", "LlamaConfig", "__version__", "load_model", "models", "samplers"]
+PUBLIC = ["ChatState", "LlamaConfig", "__version__", "load_model", "models", "samplers", "tuning"]
 
 MODELS = [
     "CausalLM",
@@ -16,6 +16,8 @@ MODELS = [
     "Llama3Tokenizer",
     "load_model",
 ]
+
+TUNING = ["Rows", "TextData", "read_rows"]
 
 SAMPLERS = ["GreedySampler", "RandomSampler", "Sampler", "TopKSampler", "TopPSampler"]
 
@@ -28,6 +30,10 @@ def test_public_names_of_puna():
 
 def test_public_names_of_models():
     assert sorted(puna.models.__all__) == MODELS
+
+
+def test_public_names_of_tuning():
+    assert sorted(puna.tuning.__all__) == TUNING
 
 
 def test_samplers_of_keras_hub_have_their_names():
