@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.engines import ENGINES, QUANTIZED
+from benchmarks.peers import note, peer_of
 from benchmarks.questions import FASTER, PLAIN, QUESTIONS, Answer, Question, Shape, longest
 from benchmarks.workers import Fresh, NotInstalledError, Run, Worker, WorkerError
 from puna.checkpoint.preset import Preset
@@ -119,7 +120,7 @@ def _start(
     """Workers of the engines that are installed, with the model loaded if it is needed."""
     workers: dict[str, Worker] = {}
     for engine in engines:
-        _note(f"{'loading' if load else 'looking for'} {engine}")
+        note(f"{'loading' if load else 'looking for'} {engine}")
         try:
             worker = run.start(engine)
             stack.callback(worker.close)
@@ -149,7 +150,7 @@ def _ask(
         for engine, worker in workers.items():
             if engine in failed:
                 continue
-            _note(f"{name}: {engine}, " + (f"round {turn} of {rounds}" if turn else "warm-up"))
+            note(f"{name}: {engine}, " + (f"round {turn} of {rounds}" if turn else "warm-up"))
             try:
                 if worker is None:
                     with contextlib.closing(Fresh(run, engine)) as fresh:
@@ -160,7 +161,7 @@ def _ask(
                     answers[engine].append(question.measure(worker.ask, turn))
             except (WorkerError, NotInstalledError, RuntimeError) as error:
                 failed[engine] = str(error)
-                _note(f"{name}: {engine} failed: {error}")
+                note(f"{name}: {engine} failed: {error}")
     given = {engine: rows for engine, rows in answers.items() if engine not in failed}
     return summary(question, given, baseline) | {e: {"error": why} for e, why in failed.items()}
 
@@ -261,29 +262,15 @@ def _gguf(arguments: argparse.Namespace, scratch: Path) -> Path:
     if not file.exists():
         from benchmarks.gguf_file import write_gguf
 
-        _note(f"writing {file.name}")
+        note(f"writing {file.name}")
         write_gguf(arguments.checkpoint, file, arguments.quantization or arguments.dtype)
     return file.resolve()
-
-
-def _peer(text: str) -> tuple[str, str]:
-    name, equals, python = text.partition("=")
-    if not equals or not any(engine.startswith(name) for engine in ENGINES):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not NAME=PYTHON; NAME is an engine or the beginning of its name, such as "
-            "keras-hub"
-        )
-    return name, python
 
 
 def _rounds(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of rounds; expected 1 or more")
     return int(text)
-
-
-def _note(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
 
 
 def _arguments() -> argparse.Namespace:
@@ -302,7 +289,8 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--new", type=int, default=64, help="new tokens of the question decode")
     parser.add_argument("--context", type=int, default=4096, help="tokens of the long context")
-    parser.add_argument("--peer-python", action="append", type=_peer, default=[])
+    peer = peer_of(ENGINES, example="keras-hub")
+    parser.add_argument("--peer-python", action="append", type=peer, default=[])
     parser.add_argument("--gguf", type=Path, help="where to keep llama.cpp's file; used if there")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()

@@ -25,6 +25,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.peers import note
+
 GROUP = 32  # weights that share a step in Q4_1
 LEFT = 0.05  # of a step
 EVERY = 5  # steps of training after which groups are looked at
@@ -103,12 +105,12 @@ def train(model: Any, tokens: np.ndarray, grids: dict[str, Grid], settings: Any)
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)  # new memory costs more than zeros
         losses.append(loss.item())
-        _note(f"step {step}: loss {losses[-1]:.3f}")
+        note(f"step {step}: loss {losses[-1]:.3f}")
         if step < settings.least_steps or step % EVERY:
             continue
         off = all_distances(model, grids)
         share = float((off >= LEFT).mean())
-        _note(f"{share:.2%} of the groups have left the grid")
+        note(f"{share:.2%} of the groups have left the grid")
         if share >= settings.share:
             return {
                 "steps": step,
@@ -170,10 +172,6 @@ def _asset(name: str) -> Path:
     from tests import assets
 
     return getattr(assets, name)()
-
-
-def _note(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
 
 
 def _arguments() -> argparse.Namespace:

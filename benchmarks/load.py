@@ -30,6 +30,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.peers import NOT_INSTALLED
+
 PROMPT = np.arange(1000, 1128, dtype=np.int32)
 
 
@@ -124,7 +126,7 @@ def run(system: str, python: str, directory: Path, dtype: str) -> dict[str, floa
         del environment["KERAS_BACKEND"]
     command = [python, "-m", "benchmarks.load", str(directory), "--dtype", dtype, "--work", system]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode == 3:
+    if done.returncode == NOT_INSTALLED:
         return None
     if done.returncode:
         raise RuntimeError(f"{system} failed:\n{done.stderr[-2000:]}")
@@ -163,7 +165,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.work:
         if importlib.util.find_spec(SYSTEMS[arguments.work][1]) is None:
-            sys.exit(3)
+            sys.exit(NOT_INSTALLED)
         print(json.dumps(work(arguments.work, arguments.checkpoint, arguments.dtype)))
         return
     pythons = [sys.executable, *arguments.peer_python]

@@ -34,10 +34,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.peers import NOT_INSTALLED, note, peer_of, python_of
+
 # In llama.cpp's Python there is nothing but that and NumPy: what else is needed is imported late.
 
 ROOT = Path(__file__).parents[1]
-NOT_INSTALLED = 3
 
 
 class Job(NamedTuple):
@@ -190,7 +191,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="puna-quality-") as scratch:
         gguf = Path(scratch) / "float32.gguf"
         for name in engines:
-            _note(name)
+            note(name)
             mine = job
             if name.startswith("llama.cpp"):
                 mine = job._replace(checkpoint=str(_gguf(arguments.checkpoint, gguf)))
@@ -233,8 +234,7 @@ def _gguf(checkpoint: Path, file: Path) -> Path:
 
 def _ask(name: str, job: Job, pythons: dict[str, str]) -> dict[str, Any]:
     """What an engine finds, in a process of its own."""
-    family = next((family for family in pythons if name.startswith(family)), None)
-    command = [pythons[family] if family else sys.executable, "-m", "benchmarks.quality"]
+    command = [python_of(name, pythons), "-m", "benchmarks.quality"]
     environment = {"KERAS_BACKEND": "jax", "TF_CPP_MIN_LOG_LEVEL": "3"} | os.environ
     start = time.perf_counter()
     ended = subprocess.run(
@@ -277,24 +277,10 @@ def _print(results: dict[str, Any]) -> None:
         print(line)
 
 
-def _peer(text: str) -> tuple[str, str]:
-    name, equals, python = text.partition("=")
-    if not equals or not any(engine.startswith(name) for engine in ENGINES):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not NAME=PYTHON; NAME is an engine or the beginning of its name, such as "
-            "llama.cpp"
-        )
-    return name, python
-
-
 def _window(text: str) -> int:
     if not text.isdigit() or int(text) < 2:
         raise argparse.ArgumentTypeError(f"{text!r} is no window; expected 2 tokens or more")
     return int(text)
-
-
-def _note(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
 
 
 def _arguments() -> argparse.Namespace:
@@ -305,7 +291,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--text", type=Path, help="in UTF-8; else the end of a novel")
     parser.add_argument("--engine", action="append", choices=ENGINES, help="else all")
     parser.add_argument("--window", type=_window, default=512, help="tokens taken together")
-    parser.add_argument("--peer-python", action="append", type=_peer, default=[])
+    peer = peer_of(ENGINES, example="llama.cpp")
+    parser.add_argument("--peer-python", action="append", type=peer, default=[])
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 

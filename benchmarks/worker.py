@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from benchmarks.engines import ENGINES, Engine
-
-NOT_INSTALLED = 3
+from benchmarks.peers import NOT_INSTALLED
 
 PACKAGES = (
     "puna", "keras", "keras-hub", "jax", "torch", "tensorflow-cpu", "tensorflow", "transformers",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.engines import ENGINES
-from benchmarks.worker import NOT_INSTALLED
+from benchmarks.peers import NOT_INSTALLED, python_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -47,9 +46,8 @@ class Run:
     pythons: Mapping[str, str]
 
     def python(self, engine: str) -> str:
-        """The interpreter for an engine: the longest name that fits decides."""
-        fitting = [name for name in self.pythons if engine.startswith(name)]
-        return self.pythons[max(fitting, key=len)] if fitting else sys.executable
+        """The interpreter for an engine."""
+        return python_of(engine, self.pythons)
 
     def start(self, engine: str, cache: Path | None = None) -> Worker:
         """A worker for an engine.

@@ -30,6 +30,24 @@ def meta_tokenizer_model() -> Path:
     return assets.meta_wheel() / "llama_models" / "llama3" / "tokenizer.model"
 
 
+@pytest.fixture(scope="module")
+def llama3(llama3_tokenizer_dir):
+    """The real Llama 3.1 tokenizer."""
+    from puna.text.tokenizer import Tokenizer
+
+    return Tokenizer.from_directory(llama3_tokenizer_dir)
+
+
+@pytest.fixture(scope="module")
+def smollm2(smollm2_gguf):
+    """SmolLM2's real tokenizer, as the `gguf` package reads its file."""
+    from puna.text.tokenizer import Tokenizer
+
+    gguf = pytest.importorskip("gguf")
+    fields = gguf.GGUFReader(str(smollm2_gguf)).fields
+    return Tokenizer.from_gguf({name: field.contents() for name, field in fields.items()})
+
+
 @pytest.fixture(params=instructions())
 def each_instruction_set(request):
     """Each set that the machine has, in use while a test runs."""

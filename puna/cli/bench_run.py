@@ -171,7 +171,7 @@ def describe(model: Any) -> dict[str, Any]:
     """What runs where."""
     import keras
 
-    from puna.cli.conversion import expected_shapes
+    from puna.cli.conversion import parameter_count
 
     backend = keras.backend.backend()
     variables = list(model.variables)
@@ -181,7 +181,7 @@ def describe(model: Any) -> dict[str, Any]:
     # Keras has imported it, and its package may have another name, such as tensorflow-cpu.
     versions[backend] = str(getattr(sys.modules.get(backend), "__version__", "unknown"))
     return {
-        "parameters": sum(map(_count, expected_shapes(model.config).values())),
+        "parameters": parameter_count(model.config),
         "weights_bytes": sum(_count(v.shape) * _itemsize(v.dtype) for v in variables),
         "dtype": model.dtype_policy.compute_dtype,
         "backend": backend,

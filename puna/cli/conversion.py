@@ -6,6 +6,7 @@ import contextlib
 import fnmatch
 import functools
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -137,6 +138,11 @@ def expected_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     if not config.tie_word_embeddings:
         shapes[_HEAD] = (V, D)
     return shapes
+
+
+def parameter_count(config: LlamaConfig) -> int:
+    """How many parameters a Llama of this shape has, however they are stored."""
+    return sum(math.prod(shape) for shape in expected_shapes(config).values())
 
 
 def _stored_names(config: LlamaConfig, source: TensorSource) -> dict[str, str]:

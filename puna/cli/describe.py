@@ -13,7 +13,7 @@ from puna.checkpoint.gguf import GGUFSource
 from puna.checkpoint.preset import Preset
 from puna.checkpoint.source import TensorSource
 from puna.checkpoint.variable_names import NO_PARAMETERS
-from puna.cli.conversion import expected_shapes
+from puna.cli.conversion import parameter_count
 from puna.config import LlamaConfig
 from puna.errors import TemplateError, TokenizerError
 from puna.quantization.arrays import WEIGHT, held_bytes
@@ -58,7 +58,7 @@ def describe(
         count = sum(math.prod(source.info(name).shape) for name in names)
         weights = count * BYTES.get(run_as, 4)
         if quantized is not None:  # they are held as they are stored
-            count = sum(math.prod(shape) for shape in expected_shapes(config).values())
+            count = parameter_count(config)
             weights = sum(source.info(name).nbytes for name in names)
         elif opened.gguf is not None and not opened.adapters:
             weights += _more_by_packing(opened.gguf, BYTES.get(run_as, 4))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 import sys
 import warnings
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from puna.cli import interrupts, terminal, transcript
-from puna.cli.conversion import expected_shapes
+from puna.cli.conversion import parameter_count
 from puna.cli.lines import FENCE, Lines
 from puna.cli.pace import Pace
 from puna.errors import ContextLengthError, PunaError
@@ -254,7 +253,7 @@ class Session:
 
         model = self.chat.model
         # Of a quantized model, variables hold several weights in a byte, and scales.
-        count = sum(math.prod(shape) for shape in expected_shapes(model.config).values())
+        count = parameter_count(model.config)
         self._say(
             f"{Path(self.preset).name}: {count / 1e6:,.0f} million parameters, "
             f"{model.dtype_policy.name}, {keras.backend.backend()}, context {self._context:,} "

@@ -121,7 +121,7 @@ class Decoder:
                     fill(model, self.programs, tokens, None, room)
             rows = 1
             while rows <= ladder.rows(batch_size):
-                # Prompts whose completions may have no token: the loop ends before it begins.
+                # Prompts whose completions may have no token: nothing is made.
                 prompts = [Prompt(np.zeros(2, np.int32), 0)] * rows
                 Decoding(model, self.programs, prompts, Request(sampler=GreedySampler())).compile(
                     room

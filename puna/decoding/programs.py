@@ -230,7 +230,7 @@ class Programs:
 
     def _make(self, rows: Rows, cache: Cache, wanted: Wanted) -> tuple[Rows, Cache, Made]:
         C, B = wanted.uniform_CB.shape
-        if C == 1:  # without a loop, whose frame costs torch as much as the smallest model's layers
+        if C == 1:  # torch: no loop, and nothing to collect; rows that have ended are left alone
             rows, cache, now = self._one(0, rows, cache, wanted)
             return rows, cache, Made(*(array[None] for array in now))
         made = Made(

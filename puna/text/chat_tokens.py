@@ -99,10 +99,16 @@ class ChatTokens:
         """As `encode_segments`, the ids of each segment apart; no token reaches into two."""
         return self._encoder.segments(segments)
 
-    def with_start(self, ids: list[int]) -> list[int]:
-        """The ids with the start token before them, once, where this tokenizer adds it."""
+    def with_start(self, ids: list[int], add: bool | None = None) -> list[int]:
+        """The ids with the start token before them, once.
+
+        Args:
+            ids: of a text.
+            add: whether to; None means as this tokenizer does.
+        """
         start = self.start_token_id
-        if not self.add_start_token or start is None or ids[:1] == [start]:
+        add = self.add_start_token if add is None else add
+        if not add or start is None or ids[:1] == [start]:
             return ids
         return [start, *ids]
 

@@ -116,7 +116,7 @@ class CausalLMPreprocessor:
             return as_ids(x)
         texts, batched = as_texts(x)
         rows = [ids.tolist() for ids in self.tokenizer.tokenize(texts)]
-        return [self._start(row) for row in rows], batched
+        return [self.tokenizer.with_start(row, self.add_start_token) for row in rows], batched
 
     def generate_preprocess(
         self, x: Any, sequence_length: int | None = None
@@ -180,18 +180,11 @@ class CausalLMPreprocessor:
             tokenizer = Tokenizer.from_config(tokenizer)
         return cls(**{**config, "tokenizer": tokenizer})
 
-    def _start(self, row: list[int]) -> list[int]:
-        """The row with the start token before it, once."""
-        start = self.tokenizer.start_token_id
-        if not self.add_start_token or start is None or row[:1] == [start]:
-            return row
-        return [start, *row]
-
     def _pack(self, rows: Sequence[list[int]], length: int) -> tuple[list[list[int]], int]:
         """Rows between start and end tokens, cut to `length`; how many were cut."""
         end_id = self.tokenizer.end_token_id
         end = [end_id] if self.add_end_token and end_id is not None else []
-        started = [self._start(row) for row in rows]
+        started = [self.tokenizer.with_start(row, self.add_start_token) for row in rows]
         room = length - len(end)
         packed = [row[:room] + end for row in started]
         return packed, sum(len(row) > room for row in started)

@@ -215,7 +215,7 @@ def arrays(
     for row, examples in enumerate(rows):
         start = 0
         for number, example in enumerate(examples, 1):
-            end = start + max(len(example), 0)
+            end = start + len(example)
             token_ids[row, start:end] = example.ids[:-1]
             labels[row, start:end] = example.ids[1:]
             weights[row, start:end] = example.learned[1:]

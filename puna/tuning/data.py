@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from types import GeneratorType
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from rich.console import Console
 
 from puna.errors import DataError, TokenizerError
 from puna.tuning.batches import Arrays, TokenBatches, arrays
-from puna.tuning.examples import ExampleMaker
+from puna.tuning.examples import ExampleMaker, Examples
 from puna.tuning.rows import is_row
 from puna.tuning.sources import (
     all_rows,
@@ -139,10 +139,9 @@ class Preprocessed:
         if isinstance(rows, GeneratorType):
             return self._of_generator(rows, batch_size or BATCH_SIZE)
         if isinstance(rows, keras.utils.PyDataset):
-            return _MappedPyDataset(rows, lambda batch: self._full_arrays(expand(batch)))
+            return _MappedPyDataset(rows, self._full_arrays)
         if is_tf_dataset(rows) and is_batched(rows):
-            full = lambda batch: self._full_arrays(expand(batch))
-            return _map_tf_dataset(rows, full, self._preprocessor.sequence_length)
+            return _map_tf_dataset(rows, self._full_arrays, self._preprocessor.sequence_length)
         if steps is not None and streams(rows):
             return self._of_generator(_endless(rows), batch_size or BATCH_SIZE)
         rows = [rows] if isinstance(rows, str | bytes) else _without_tuple(rows)
@@ -160,8 +159,7 @@ class Preprocessed:
                 f"{found.dropped:,} rows are longer than {length:,} tokens, and predict has a "
                 "result for every row; say long='cut', or raise sequence_length"
             )
-        self._preprocessor.truncated_count += found.cut
-        return self._padded(found.examples, None)
+        return self._padded(found, None)
 
     def _of_generator(self, rows: Iterator[Any], batch_size: int) -> Iterator[Any]:
         """Batches of arrays, of rows one by one or of the batches that they come in."""
@@ -171,7 +169,7 @@ class Preprocessed:
             one_by_one = (row for element in rows for row in expand(element))
             batches = iter(lambda: list(itertools.islice(one_by_one, batch_size)), [])
         # Keras wants a generator, and a tuple from it.
-        return (_as_tuple(self._full_arrays(expand(batch))) for batch in batches)
+        return (_as_tuple(self._full_arrays(batch)) for batch in batches)
 
     def _arrays(self, rows: list[Any], where: Callable[[int], str]) -> Arrays:
         """As long as the longest row needs, which changes neither loss nor gradient."""
@@ -181,10 +179,10 @@ class Preprocessed:
         T = min(-(-longest // 16) * 16, x["padding_mask"].shape[1])
         return {name: array[:, :T] for name, array in x.items()}, y[:, :T], weight[:, :T]
 
-    def _full_arrays(self, batch: Sequence[Any]) -> Any:
+    def _full_arrays(self, batch: Any) -> Any:
         length = self._preprocessor.sequence_length
         x, y, weight = self._preprocessed(
-            list(batch), lambda place: f"row {place} of a batch", length
+            expand(batch), lambda place: f"row {place} of a batch", length
         )
         return x if self._method == "predict" else (x, y, weight)
 
@@ -195,10 +193,12 @@ class Preprocessed:
             return self._preprocessor(rows)
         make = ExampleMaker(self._preprocessor, "all" if self._method == "predict" else "auto")
         found = make(rows, where, self._preprocessor.sequence_length, "cut", keep_all=True)
-        self._preprocessor.truncated_count += found.cut
-        return self._padded(found.examples, length)
+        return self._padded(found, length)
 
-    def _padded(self, examples: list[Any], length: int | None) -> Arrays:
+    def _padded(self, found: Examples, length: int | None) -> Arrays:
+        """An example a row; those that were cut are counted with the preprocessor's."""
+        self._preprocessor.truncated_count += found.cut
+        examples = found.examples
         longest = max(1, *map(len, examples)) if length is None else length
         pad_id = self._preprocessor.tokenizer.pad_token_id
         return arrays([[example] for example in examples], longest, pad_id)

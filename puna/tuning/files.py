@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from puna.errors import DataError
-from puna.tuning.rows import RowError, read_row, refuse
+from puna.tuning.rows import RowError, check_rows
 
 # A field of a CSV file may be a whole book; Python's own limit is 128 KB.
 _LONGEST_FIELD = 1 << 30
@@ -77,21 +77,12 @@ def read_rows(*paths: str | os.PathLike[str]) -> Rows:
     """
     rows: list[Any] = []
     places: list[str] = []
-    bad: list[tuple[str, str]] = []
     for path in map(Path, paths):
         reader, word = _reader(path)
         for number, row in reader(path):
-            where = f"{path}, {word} {number:,}"
-            try:
-                if isinstance(row, RowError):
-                    raise row
-                read_row(row)
-            except RowError as error:
-                bad.append((where, str(error)))
-                continue
             rows.append(row)
-            places.append(where)
-    refuse(bad)
+            places.append(f"{path}, {word} {number:,}")
+    check_rows(rows, places.__getitem__)
     return Rows(rows, places)
 
 

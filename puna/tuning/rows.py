@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,25 +111,25 @@ def is_row(value: Any) -> bool:
     return any(_is_cell(key, value[key]) for key in _FIRST_KEYS if key in value)
 
 
-def read_rows_at(rows: Iterable[Any], where: Any) -> list[Form]:
-    """The forms of many rows.
+def check_rows(rows: Iterable[Any], where: Callable[[int], str]) -> None:
+    """See that each of many rows is of a known kind.
 
     Args:
-        rows: the rows.
+        rows: the rows; in the place of one that could not be read, its `RowError`.
         where: called with a row's place, says where it stands, for an error.
 
     Raises:
         DataError: rows are bad; it names the first of them and counts the others.
     """
-    forms: list[Form] = []
     bad: list[tuple[str, str]] = []
     for place, row in enumerate(rows):
         try:
-            forms.append(read_row(row))
+            if isinstance(row, RowError):
+                raise row
+            read_row(row)
         except RowError as error:
             bad.append((where(place), str(error)))
     refuse(bad)
-    return forms
 
 
 def refuse(bad: list[tuple[str, str]]) -> None:
@@ -221,6 +221,8 @@ _KINDS = (
     (("text",), _text_row),
 )
 _FIRST_KEYS = tuple(key for keys, _ in _KINDS for key in keys)
+# A mapping with one of these is rows; what only goes with them may be anything's name.
+TELLING_KEYS = frozenset(keys[0] for keys, _ in _KINDS)
 
 
 def _is_cell(key: str, value: Any) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 
 from puna.errors import DataError
 from puna.tuning.files import READERS, Rows, read_rows
-from puna.tuning.rows import is_row
+from puna.tuning.rows import TELLING_KEYS, is_row
 
 # More rows than anyone has: a data set that repeats itself for ever says that it has as many.
 _ENDLESS = 1 << 40
@@ -214,8 +214,7 @@ def _is_string(spec: Any) -> bool:
 
 
 def _is_mapping_of_rows(data: Mapping[str, Any]) -> bool:
-    names = {"text", "messages", "conversations", "prompt", "instruction"}
-    return any(name in data and not _is_dataset(data[name]) for name in names)
+    return any(name in data and not _is_dataset(data[name]) for name in TELLING_KEYS)
 
 
 def _is_dataset(data: Any) -> bool:

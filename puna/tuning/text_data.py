@@ -8,7 +8,7 @@ from puna.errors import DataError
 from puna.text.preprocessor import CausalLMPreprocessor
 from puna.tuning.batches import TokenBatches
 from puna.tuning.examples import ExampleMaker, Examples, Long, LossOn
-from puna.tuning.rows import read_rows_at
+from puna.tuning.rows import check_rows
 from puna.tuning.sources import all_rows
 
 BATCH_SIZE = 32
@@ -74,7 +74,7 @@ class TextData:
         if sequence_length is not None and sequence_length < 2:
             raise ValueError(f"sequence_length is {sequence_length}; expected at least 2 tokens")
         self.rows = all_rows(rows)
-        read_rows_at(self.rows, self.rows.where)
+        check_rows(self.rows, self.rows.where)
         self.loss_on: LossOn = loss_on
         self.packing = packing
         self.sequence_length = sequence_length

@@ -5,7 +5,6 @@ import os
 import pytest
 
 from puna.errors import TemplateError
-from puna.text.tokenizer import Tokenizer
 from tests.parity.chat_templates import CONVERSATIONS, OPTIONS, SPECIAL, TEMPLATES
 from tests.tiny_tokenizers import byte_level
 
@@ -66,8 +65,8 @@ def test_named_templates(name):
     assert _assert_same(tokenizer, _reference(tokenizer), chat_template=name) >= 28
 
 
-def test_llama3s_own_and_a_full_one_with_its_real_vocabulary(llama3_tokenizer_dir):
-    tokenizer = Tokenizer.from_directory(llama3_tokenizer_dir)
+def test_llama3s_own_and_a_full_one_with_its_real_vocabulary(llama3, llama3_tokenizer_dir):
+    tokenizer = llama3
     reference = transformers.AutoTokenizer.from_pretrained(str(llama3_tokenizer_dir))
     assert reference.chat_template == tokenizer.chat_template
     assert _assert_same(tokenizer, reference) >= 28
@@ -75,12 +74,9 @@ def test_llama3s_own_and_a_full_one_with_its_real_vocabulary(llama3_tokenizer_di
         assert _assert_same(tokenizer, reference, chat_template=TEMPLATES[name]) >= 28
 
 
-def test_smollm2s_own_with_its_real_vocabulary(smollm2_gguf):
-    gguf = pytest.importorskip("gguf")
-    fields = gguf.GGUFReader(str(smollm2_gguf)).fields
-    tokenizer = Tokenizer.from_gguf({name: field.contents() for name, field in fields.items()})
-    assert "You are a helpful AI assistant" in tokenizer.chat_template
-    assert _assert_same(tokenizer, _reference(tokenizer)) >= 28
+def test_smollm2s_own_with_its_real_vocabulary(smollm2):
+    assert "You are a helpful AI assistant" in smollm2.chat_template
+    assert _assert_same(smollm2, _reference(smollm2)) >= 28
 
 
 def test_there_are_twenty_kinds():

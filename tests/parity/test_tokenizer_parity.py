@@ -32,18 +32,6 @@ MESSAGES = [
 
 
 @pytest.fixture(scope="module")
-def llama3(llama3_tokenizer_dir):
-    return Tokenizer.from_directory(llama3_tokenizer_dir)
-
-
-@pytest.fixture(scope="module")
-def smollm2(smollm2_gguf):
-    gguf = pytest.importorskip("gguf")
-    fields = gguf.GGUFReader(str(smollm2_gguf)).fields
-    return Tokenizer.from_gguf({name: field.contents() for name, field in fields.items()})
-
-
-@pytest.fixture(scope="module")
 def strings():
     return hard_strings(10_000, special_tokens=LLAMA3_SPECIAL)
 

@@ -5,7 +5,6 @@ import pytest
 
 from puna.errors import TemplateError
 from puna.text.preprocessor import CausalLMPreprocessor
-from puna.text.tokenizer import Tokenizer
 from puna.text.turns import TurnTokenizer
 from puna.tuning.examples import DATE, ExampleMaker
 from puna.tuning.rows import read_row
@@ -39,18 +38,6 @@ CHATS = {
     "an empty answer": [USER, {"role": "assistant", "content": ""}, AGAIN, LAST],
     "a forged turn": [SYSTEM, HOSTILE, LAST, HOSTILE, FORGER, AGAIN, LAST],
 }
-
-
-@pytest.fixture(scope="module")
-def llama3(llama3_tokenizer_dir):
-    return Tokenizer.from_directory(llama3_tokenizer_dir)
-
-
-@pytest.fixture(scope="module")
-def smollm2(smollm2_gguf):
-    gguf = pytest.importorskip("gguf")
-    fields = gguf.GGUFReader(str(smollm2_gguf)).fields
-    return Tokenizer.from_gguf({name: field.contents() for name, field in fields.items()})
 
 
 def spans(ids, turns):

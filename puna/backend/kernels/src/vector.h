@@ -192,13 +192,6 @@ PUNA_INLINE float read_float(const void* data, int32_t kind, int64_t i) {
   return kind == PUNA_BF16 ? from_bf16(bits) : from_f16(bits);
 }
 
-PUNA_INLINE void write_float(void* data, int32_t kind, int64_t i, float f) {
-  if (kind == PUNA_F32)
-    static_cast<float*>(data)[i] = f;
-  else
-    static_cast<uint16_t*>(data)[i] = kind == PUNA_BF16 ? to_bf16(f) : to_f16(f);
-}
-
 PUNA_INLINE Floats halves_to_floats(const uint16_t* from) {
 #if defined(__AVX512F__) && PUNA_LANES == 16
   return Floats(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
