@@ -82,6 +82,28 @@ def changed_weights(layer: Any) -> Iterator[None]:
         layer._tracker.lock()
 
 
+def add_weight_under(
+    layer: Any, scopes: Sequence[str], shape: tuple[int, ...], initializer: Any
+) -> Any:
+    """Add a variable in float32 to a built layer, whatever the layer's own dtype.
+
+    Args:
+        layer: a built layer.
+        scopes: what stands between the layer's path and the variable's name, which is "weight";
+            `add_weight` takes no such thing.
+        shape: the variable's.
+        initializer: Keras's, or a function of shape and dtype.
+    """
+    with changed_weights(layer), contextlib.ExitStack() as stack:
+        for scope in scopes:
+            stack.enter_context(keras.name_scope(scope))
+        variable = keras.Variable(
+            initializer, shape=shape, dtype="float32", autocast=False, name="weight"
+        )
+        layer._track_variable(variable)
+    return variable
+
+
 def retrack(model: Any) -> None:
     """Let every layer of a model forget the variables that one below it no longer has.
 

@@ -158,7 +158,7 @@ def call_block(
         return generic.call_block(block, like, x_BTD, rotary, cache, place)
     variables, others = block.variables, like.variables
     form, form_of_like = ([(v.name, v.shape, v.dtype) for v in vs] for vs in (variables, others))
-    if form != form_of_like:
+    if form != form_of_like or block.constants() != like.constants():
         return generic.call_block(block, like, x_BTD, rotary, cache, place)
     if like not in blocks:
 

@@ -163,7 +163,8 @@ class BackendOps(Protocol):
     ) -> tuple[Tensor, Any]:
         """`block.call(...)` in a compiled step.
 
-        Where `like` is a block of the same form, a backend may trace that one for both.
+        Where `like` is a block of the same form, by its variables and `constants()`, a backend may
+        trace that one for both.
         """
         ...
 

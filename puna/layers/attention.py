@@ -55,7 +55,7 @@ class Attention(keras.layers.Layer):
         Returns:
             The result `[B, T, D]`, and the cache with the new keys and values in it.
         """
-        projected = linears(x_BTD, self.q_proj, self.k_proj, self.v_proj)
+        projected = linears(x_BTD, self.q_proj, self.k_proj, self.v_proj, training=training)
         if isinstance(cache, LayerCache) and place is not None:
             attended = backend.ops.attend(projected, rotary, cache, place)
             if attended is not None:
@@ -70,7 +70,7 @@ class Attention(keras.layers.Layer):
         out_BNTH = backend.ops.attention(
             query_BNTH, key_BKSH, value_BKSH, mask_B1TS, scale, dropout
         )
-        return self.o_proj.call(backend.ops.merge_heads(out_BNTH)), cache
+        return self.o_proj.call(backend.ops.merge_heads(out_BNTH), training), cache
 
     def _heads(self, x_BTF: Tensor) -> Tensor:
         return backend.ops.split_heads(x_BTF, self.config.head_size)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import keras
 
 from puna import backend
@@ -9,7 +11,7 @@ from puna.backend.protocol import BlockWeights, Place, Tensor
 from puna.config import LlamaConfig
 from puna.layers.attention import Attention
 from puna.layers.cache import Int8LayerCache, LayerCache
-from puna.layers.linear import Linear, are_alike
+from puna.layers.linear import Linear, are_alike, are_plain
 from puna.layers.mlp import MLP
 from puna.layers.rms_norm import RMSNorm
 
@@ -46,16 +48,15 @@ class Block(keras.layers.Layer):
     def plain_weights(self) -> BlockWeights | None:
         """What the block computes with, if it does no more than most Llamas' do.
 
-        Else, for instance with biases or with another activation than SiLU, None.
+        Else, for instance with biases, adapters or another activation than SiLU, None.
         """
-        attention, mlp = self.self_attn, self.mlp
-        heads = (attention.q_proj, attention.k_proj, attention.v_proj)
-        gated = (mlp.gate_proj, mlp.up_proj)
-        layers = (*heads, attention.o_proj, *gated, mlp.down_proj)
+        mlp, layers = self.mlp, self._linears()
+        heads, gated = layers[:3], layers[4:6]
         norms = (self.input_layernorm, self.post_attention_layernorm)
         if (
             not (are_alike(*heads) and are_alike(*gated) and mlp.activation is backend.ops.silu)
-            or any(type(layer) is not Linear or layer.use_bias for layer in layers)
+            or any(type(layer) is not Linear for layer in layers)
+            or not are_plain(*layers)
             or any(type(norm) is not RMSNorm for norm in norms)
         ):
             return None
@@ -63,6 +64,15 @@ class Block(keras.layers.Layer):
             *(backend.ops.value(norm.weight) for norm in norms),
             *(layer.matrix(self.compute_dtype) for layer in layers),
         )
+
+    def constants(self) -> tuple[Any, ...]:
+        """What a compiled call depends on, beside variables and the configuration."""
+        return tuple(layer.constants() for layer in self._linears())
+
+    def _linears(self) -> tuple[Linear, ...]:
+        attention, mlp = self.self_attn, self.mlp
+        heads = (attention.q_proj, attention.k_proj, attention.v_proj)
+        return (*heads, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
 
     def call(
         self,
@@ -78,4 +88,5 @@ class Block(keras.layers.Layer):
             self.input_layernorm.call(x_BTD), rotary, mask_B1TS, cache, place, training
         )
         x_BTD = x_BTD + attended_BTD
-        return x_BTD + self.mlp.call(self.post_attention_layernorm.call(x_BTD)), cache
+        normed_BTD = self.post_attention_layernorm.call(x_BTD)
+        return x_BTD + self.mlp.call(normed_BTD, training), cache

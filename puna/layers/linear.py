@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from puna import backend
 from puna.backend.protocol import Tensor
-from puna.layers.matrix import MatrixLayer
+from puna.layers.lora import AdaptedMatrix
 
 
-class Linear(MatrixLayer):
-    """Multiply by a weight `(out, in)` and add a bias.
+class Linear(AdaptedMatrix):
+    """Multiply by a weight `(out, in)` and add a bias; adapters may stand beside the weight.
 
     Args:
         input_dim: features in.
@@ -45,12 +45,12 @@ class Linear(MatrixLayer):
         if self.use_bias:
             self.bias = self.add_weight(name="bias", shape=(self.output_dim,), initializer="zeros")
 
-    def call(self, x: Tensor) -> Tensor:
-        """`[..., in]` to `[..., out]`."""
-        return linears(x, self)[0]
+    def call(self, x: Tensor, training: bool = False) -> Tensor:
+        """`[..., in]` to `[..., out]`; in training, adapters may drop inputs."""
+        return linears(x, self, training=training)[0]
 
 
-def linears(x: Tensor, *layers: Linear) -> list[Tensor]:
+def linears(x: Tensor, *layers: Linear, training: bool = False) -> list[Tensor]:
     """What several layers of one dtype make of the same `x`; those of one scheme together."""
     dtype = layers[0].compute_dtype
     out_dtype = layers[0].out_dtype or dtype
@@ -59,6 +59,10 @@ def linears(x: Tensor, *layers: Linear) -> list[Tensor]:
         results = backend.ops.linears(x, weights, out_dtype)
     else:
         results = [backend.ops.linears(x, [weight], out_dtype)[0] for weight in weights]
+    results = [
+        layer.with_adapters(x, y, out_dtype, training) if layer.is_adapted else y
+        for layer, y in zip(layers, results, strict=True)
+    ]
     return [
         y + backend.ops.value(layer.bias, out_dtype) if layer.use_bias else y
         for layer, y in zip(layers, results, strict=True)
@@ -68,3 +72,8 @@ def linears(x: Tensor, *layers: Linear) -> list[Tensor]:
 def are_alike(*layers: Linear) -> bool:
     """Whether the layers' matrices are of one kind, so that one product takes them all."""
     return all(layer.scheme == layers[0].scheme for layer in layers[1:])
+
+
+def are_plain(*layers: Linear) -> bool:
+    """Whether the layers do no more than multiply by their matrices."""
+    return not any(layer.use_bias or layer.is_adapted for layer in layers)

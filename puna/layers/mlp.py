@@ -10,7 +10,7 @@ from keras import ops
 from puna import backend
 from puna.backend.protocol import Tensor
 from puna.config import LlamaConfig
-from puna.layers.linear import Linear, are_alike, linears
+from puna.layers.linear import Linear, are_alike, are_plain, linears
 
 # Every name of `puna.config.ACTIVATIONS`.
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -57,12 +57,13 @@ class MLP(keras.layers.Layer):
         for projection in (self.gate_proj, self.up_proj, self.down_proj):
             projection.build(input_shape)
 
-    def call(self, x_BTD: Tensor) -> Tensor:
+    def call(self, x_BTD: Tensor, training: bool = False) -> Tensor:
         """`[B, T, D]` to `[B, T, D]`."""
         gate, up = self.gate_proj, self.up_proj
-        if self.activation is backend.ops.silu and not gate.use_bias and are_alike(gate, up):
+        is_gated = self.activation is backend.ops.silu and are_alike(gate, up)
+        if is_gated and are_plain(gate, up):
             dtype = self.compute_dtype
             gated_BTF = backend.ops.gated(x_BTD, gate.matrix(dtype), up.matrix(dtype), dtype)
-            return self.down_proj.call(gated_BTF)
-        gate_BTF, up_BTF = linears(x_BTD, gate, up)
-        return self.down_proj.call(self.activation(gate_BTF) * up_BTF)
+            return self.down_proj.call(gated_BTF, training)
+        gate_BTF, up_BTF = linears(x_BTD, gate, up, training=training)
+        return self.down_proj.call(self.activation(gate_BTF) * up_BTF, training)
