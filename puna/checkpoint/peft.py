@@ -25,7 +25,7 @@ from puna.errors import PresetError
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
 _CHUNK = 1 << 20  # elements merged at a time: 4 MB of float32
 
@@ -95,12 +95,12 @@ class PeftAdapter:
 
     def _add(self, name: str) -> None:
         ending, role = next(((e, r) for e, r in _SUFFIXES if name.endswith(e)), ("", ""))
-        if not name.startswith(_PREFIX) or not role:
+        if not name.startswith(PREFIX) or not role:
             raise PresetError(
                 f"{self.path}: the tensor {name!r:.200} is of no LoRA adapter that is read; "
                 "expected base_model.model.….lora_A.weight and its like: save it with PEFT"
             )
-        roles = self.modules.setdefault(name[len(_PREFIX) : -len(ending)], {})
+        roles = self.modules.setdefault(name[len(PREFIX) : -len(ending)], {})
         if role in roles:
             raise PresetError(f"{self.path}: {name!r:.200} and {roles[role]!r:.200} are one")
         roles[role] = name

@@ -39,7 +39,7 @@ _REFUSED_UNLESS: dict[str, tuple[Any, ...]] = {
 # Fields that say nothing of the function of a trained adapter.
 _IGNORED = frozenset(
     {
-        "auto_mapping", "inference_mode", "peft_version", "lora_dropout", "loftq_config",
+        "auto_mapping", "inference_mode", "peft_version", "loftq_config",
         "eva_config", "corda_config", "lora_ga_config", "velora_config", "megatron_core",
         "qalora_group_size", "runtime_config", "parent_library",
         "fan_in_fan_out",  # PEFT takes it as false on a Linear, and a Llama has no other
@@ -47,10 +47,10 @@ _IGNORED = frozenset(
 )  # fmt: skip
 _HONOURED = frozenset(
     {
-        "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias",
-        "bias", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
-        "modules_to_save", "trainable_token_indices", "ensure_weight_tying",
-        "base_model_name_or_path", "revision",
+        "r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora",
+        "use_dora", "lora_bias", "bias", "target_modules", "exclude_modules",
+        "layers_to_transform", "layers_pattern", "modules_to_save",
+        "trainable_token_indices", "ensure_weight_tying", "base_model_name_or_path", "revision",
     }
 )  # fmt: skip
 
@@ -65,6 +65,7 @@ class AdapterConfig:
     Args:
         path: the file, for messages.
         r, lora_alpha: rank and strength where no pattern says otherwise.
+        lora_dropout: share of the inputs that A did not see in training.
         rank_pattern, alpha_pattern: other ranks and strengths, by a module's name or the end of it,
             as regular expressions.
         use_rslora: the scale is alpha / √r instead of alpha / r.
@@ -83,6 +84,7 @@ class AdapterConfig:
     path: Path
     r: int = 8
     lora_alpha: float = 8
+    lora_dropout: float = 0.0
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     use_rslora: bool = False
@@ -128,9 +130,13 @@ class AdapterConfig:
         """The rank of a module's adapter."""
         return _by_pattern(self.rank_pattern, module, self.r)
 
+    def alpha(self, module: str) -> float:
+        """The strength of a module's adapter."""
+        return _by_pattern(self.alpha_pattern, module, self.lora_alpha)
+
     def scale(self, module: str) -> float:
         """What B @ A is multiplied by."""
-        rank, alpha = self.rank(module), _by_pattern(self.alpha_pattern, module, self.lora_alpha)
+        rank, alpha = self.rank(module), self.alpha(module)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def targets(self, module: str) -> bool:
@@ -188,6 +194,7 @@ class _Reader:
             path=self.path,
             r=self.number("r", self.values.get("r", 8), int),
             lora_alpha=self.number("lora_alpha", self.values.get("lora_alpha", 8)),
+            lora_dropout=self.share("lora_dropout"),
             rank_pattern=self.patterns("rank_pattern", int),
             alpha_pattern=self.patterns("alpha_pattern"),
             use_rslora=self.flag("use_rslora"),
@@ -228,6 +235,12 @@ class _Reader:
         if not is_number or not 0 < value < 2**31:
             raise self.wrong(name, "a number above 0")
         return value
+
+    def share(self, name: str) -> float:
+        value = self.values.get(name) or 0.0
+        if type(value) not in (int, float) or not 0 <= value < 1:
+            raise self.wrong(name, "a number from 0 to below 1")
+        return float(value)
 
     def patterns(self, name: str, kind: type = float) -> dict[str, Any]:
         value = self.values.get(name) or {}

@@ -38,6 +38,8 @@ _OURS = (
     "special_tokens_map.json",
     "chat_template.jinja",
     "additional_chat_templates",
+    "adapter_config.json",
+    "adapter_model.safetensors",
     SETTINGS_FILE,
 )
 
@@ -52,6 +54,7 @@ def save_directory(
     settings: Mapping[str, Any],
     quantized: Mapping[str, Matrix] | None = None,
     matrices: Collection[str] = (),
+    merged: Mapping[str, Callable[[], np.ndarray]] | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
 ) -> None:
     """Write weights, configuration and tokenizer, so that transformers opens them.
@@ -71,6 +74,7 @@ def save_directory(
         quantized: the matrices that are quantized, under names such as
             `model.layers.0.mlp.up_proj`.
         matrices: the names of all that could be.
+        merged: for some tensors, what to write in the place of the variable's value.
         max_shard_size: bytes of a weights file at the most.
 
     Raises:
@@ -78,12 +82,12 @@ def save_directory(
     """
     quantized = quantized or {}
     owners = _owners(quantized)
-    specs = list(_specs(tensors, quantized, owners))
+    specs = list(_specs(tensors, quantized, owners, merged or {}))
     # Numbers and scales of quantized matrices have dtypes of their own.
     dtypes = {variable._dtype for name, variable in tensors.items() if name not in owners}
     dtype = max(dtypes, key=lambda dtype: numpy_dtype(dtype).itemsize)
     stops = list(config.eos_token_ids) if tokenizer is None else list(tokenizer.stop_token_ids)
-    with _replacement(directory) as work:
+    with replacement(directory) as work:
         write_sharded(work, specs, max_shard_size)
         if tokenizer is not None:
             tokenizer.save(work)
@@ -102,7 +106,10 @@ def save_directory(
 
 
 def _specs(
-    tensors: Mapping[str, Any], quantized: Mapping[str, Matrix], owners: Mapping[str, str]
+    tensors: Mapping[str, Any],
+    quantized: Mapping[str, Matrix],
+    owners: Mapping[str, str],
+    merged: Mapping[str, Callable[[], np.ndarray]],
 ) -> Iterator[TensorSpec]:
     """The tensors to write; those of a quantized matrix together, in the place of the first."""
     written: set[str] = set()
@@ -110,13 +117,14 @@ def _specs(
         owner = owners.get(name)
         if owner is None:
             dtype = numpy_dtype(variable._dtype)
-            yield TensorSpec(name, tuple(variable.shape), dtype, _reader(variable))
+            read = merged.get(name) or _reader(variable)
+            yield TensorSpec(name, tuple(variable.shape), dtype, read)
         elif owner not in written:
             written.add(owner)
             matrix = quantized[owner]
             keys = variables(matrix.shape, matrix.scheme)
-            read = {key: _reader(tensors[f"{owner}.{key}"]) for key in keys}
-            yield from packed_files.to_write(owner, matrix, read)
+            parts = {key: _reader(tensors[f"{owner}.{key}"]) for key in keys}
+            yield from packed_files.to_write(owner, matrix, parts)
 
 
 def _owners(quantized: Mapping[str, Matrix]) -> dict[str, str]:
@@ -145,7 +153,7 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _replacement(directory: Path) -> Iterator[Path]:
+def replacement(directory: Path) -> Iterator[Path]:
     """A scratch directory that takes the place of `directory` when the scope ends well."""
     directory = directory.expanduser().absolute()
     if directory.exists() and not directory.is_dir():

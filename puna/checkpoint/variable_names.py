@@ -16,3 +16,12 @@ def tensor_name(path: str, root: str) -> str:
     """
     inner = path.removeprefix(f"{root}/")
     return re.sub(r"\blayers_(\d+)\b", r"layers.\1", inner).replace("/", ".")
+
+
+def is_of_adapter(name: str) -> bool:
+    """Whether a variable, by its tensor's name, is an adapter's and not the model's own.
+
+    >>> is_of_adapter("model.layers.3.self_attn.q_proj.lora_A.default.weight")
+    True
+    """
+    return any(part.startswith("lora_") for part in name.split("."))
