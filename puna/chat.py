@@ -174,12 +174,11 @@ class ChatState:
         return self.last
 
     def _fingerprint(self) -> str:
-        """That of the first and last layer: it tells of another model, and of training."""
+        """That of the ends and of adapters: it tells of another model, and of training."""
         ends = ("layers.0.", f"layers.{self.model.config.num_hidden_layers - 1}.")
         tensors = self.model.tensors().items()
-        return fingerprint(
-            self.model.config, {name: v for name, v in tensors if any(end in name for end in ends)}
-        )
+        found = {name: v for name, v in tensors if any(end in name for end in ends)}
+        return fingerprint(self.model.config, found | self.model.adapter_tensors())
 
     def _bounds(self) -> dict[str, Any]:
         """The answer may take what is left of the context, where the caller sets no bound."""

@@ -31,6 +31,10 @@ class StepModel(Protocol):
         """The variables under the checkpoint's names."""
         ...
 
+    def adapter_tensors(self) -> dict[str, Any]:
+        """The variables that compute beside these, under names that say how."""
+        ...
+
     def step(
         self,
         token_ids_BT: Tensor,
@@ -92,6 +96,7 @@ class Programs:
     def __init__(self, model: StepModel):
         self._model = model
         self._variables: list[Any] = []
+        self._adapters: list[str] = []
         self._compiled: dict[str, Callable[..., Any]] = {}
 
     def fill(self, token_ids_1T: Any, start: int, cache: Cache, length: int) -> Cache:
@@ -163,14 +168,15 @@ class Programs:
         )
 
     def refresh(self) -> None:
-        """Forget what was compiled for variables that the model no longer has.
+        """Forget what was compiled for variables or adapters that the model no longer has.
 
         To be called once for a generation: Keras gathers the variables anew each time, which takes
         as long as some layers do.
         """
-        variables = list(self._model.variables)
-        if [id(v) for v in variables] != [id(v) for v in self._variables]:
-            self._variables, self._compiled = variables, {}
+        variables, adapters = list(self._model.variables), [*self._model.adapter_tensors()]
+        is_same = [id(v) for v in variables] == [id(v) for v in self._variables]
+        if not is_same or adapters != self._adapters:
+            self._variables, self._adapters, self._compiled = variables, adapters, {}
 
     def _program(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         if not self._variables:

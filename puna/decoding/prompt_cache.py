@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import ml_dtypes
@@ -45,6 +45,10 @@ class PromptCache:
     token_ids: np.ndarray
     cache: Cache
     model: StepModel
+    _adapters: tuple[str, ...] = field(init=False)  # in use when it was made
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_adapters", tuple(self.model.adapter_tensors()))
 
     def common(self, token_ids: np.ndarray) -> int:
         """How many tokens, from the first on, are the same and may be reused.
@@ -64,8 +68,13 @@ class PromptCache:
         """Refuse what another model has made.
 
         Raises:
-            ConfigError: the weights or the dtype are others.
+            ConfigError: the weights, the adapters in use or the dtype are others.
         """
+        if (*self.model.adapter_tensors(),) != self._adapters:
+            raise ConfigError(
+                "the prompt cache was made with other adapters than those in use now; use those "
+                "again, or make one anew with the model's prompt_cache"
+            )
         if model is self.model:
             return
         if model.compute_dtype != self.model.compute_dtype:
@@ -84,7 +93,11 @@ class PromptCache:
 
         Args:
             path: the file; one that is there is replaced, once all is written.
+
+        Raises:
+            ConfigError: other adapters are in use now than when it was made.
         """
+        self.check_fits(self.model)
         length = len(self.token_ids)
         dtype = _dtype(self.model.compute_dtype)
 
@@ -181,4 +194,4 @@ def _dtype(name: str) -> np.dtype:
 
 
 def _fingerprint(model: StepModel) -> str:
-    return fingerprint(model.config, model.tensors())
+    return fingerprint(model.config, model.tensors() | model.adapter_tensors())

@@ -11,7 +11,7 @@ from keras import ops
 
 from puna import backend
 from puna.backend.protocol import BlockWeights, Place, Tensor
-from puna.checkpoint.variable_names import tensor_name
+from puna.checkpoint.variable_names import is_of_adapter, tensor_name
 from puna.config import LlamaConfig
 from puna.layers.block import Block
 from puna.layers.cache import Cache, LayerCache, capacity_of
@@ -19,12 +19,13 @@ from puna.layers.embedding import Embedding
 from puna.layers.matrix import MatrixLayer
 from puna.layers.rms_norm import RMSNorm
 from puna.layers.rope import RotaryEmbedding, rotate
+from puna.models.adapting import Adaptable, adapters_from_config, adapters_to_config
 from puna.models.quantizing import Quantizable
 from puna.quantization.scheme import Quantization, Scheme
 
 
 @keras.saving.register_keras_serializable(package="puna")
-class Llama3Backbone(Quantizable, keras.Model):
+class Llama3Backbone(Adaptable, Quantizable, keras.Model):
     """A Llama without its head: token ids to hidden states.
 
     The inputs are `{"token_ids": int [B, T], "padding_mask": bool [B, T]}`, or the token ids alone.
@@ -42,6 +43,7 @@ class Llama3Backbone(Quantizable, keras.Model):
         name: the layer's name.
         quantization: the names of matrices that are quantized, and how; `quantize` does it to a
             model that has weights.
+        adapters: what `get_config` says of LoRA adapters; `enable_lora` makes them.
 
     Example:
     >>> import numpy as np
@@ -53,6 +55,8 @@ class Llama3Backbone(Quantizable, keras.Model):
     8
     """
 
+    _default_targets = ("q_proj", "v_proj")
+
     def __init__(
         self,
         *args: Any,
@@ -61,6 +65,7 @@ class Llama3Backbone(Quantizable, keras.Model):
         name: str = "model",
         trainable: bool = True,
         quantization: Mapping[str, Scheme | dict[str, Any]] | None = None,
+        adapters: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ):
         super().__init__(dtype=dtype, name=name, trainable=trainable)
@@ -85,6 +90,9 @@ class Llama3Backbone(Quantizable, keras.Model):
         self.rotary = RotaryEmbedding(config.rope, config.head_size, config.max_position_embeddings)
         self.set_schemes(quantization or {})
         self.build()
+        if adapters:
+            adapters_from_config(self.linears(), adapters)
+            self.settle()
 
     def build(self, input_shape=None):
         for layer in (self.embed_tokens, *self.transformer_layers, self.norm):
@@ -243,7 +251,8 @@ class Llama3Backbone(Quantizable, keras.Model):
     def tensors(self) -> dict[str, Any]:
         """The variables under the checkpoint's names, such as `model.norm.weight`."""
         root = self.path or self.name
-        return {f"model.{tensor_name(v.path, root)}": v for v in self.weights}
+        names = {f"model.{tensor_name(v.path, root)}": v for v in self.weights}
+        return {name: v for name, v in names.items() if not is_of_adapter(name)}
 
     def get_config(self) -> dict[str, Any]:
         """Everything that the constructor needs, as JSON."""
@@ -253,6 +262,7 @@ class Llama3Backbone(Quantizable, keras.Model):
             "name": self.name,
             "trainable": self.trainable,
             "quantization": {name: s.to_config() for name, s in self.quantization().items()},
+            "adapters": adapters_to_config(self.linears()),
         }
 
     @classmethod

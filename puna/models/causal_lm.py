@@ -10,13 +10,14 @@ from keras import ops
 
 from puna import samplers
 from puna.backend.protocol import Tensor
-from puna.checkpoint.variable_names import tensor_name
+from puna.checkpoint.variable_names import is_of_adapter, tensor_name
 from puna.config import LlamaConfig
 from puna.decoding.loop import Decoder
 from puna.errors import ConfigError, TokenizerError
 from puna.layers.cache import Cache
 from puna.layers.linear import Linear
 from puna.layers.matrix import MatrixLayer
+from puna.models.adapting import Adaptable, adapters_from_config, adapters_to_config
 from puna.models.backbone import Llama3Backbone
 from puna.models.generating import Generating
 from puna.models.preprocessor import Llama3CausalLMPreprocessor
@@ -77,7 +78,7 @@ class CausalLM(keras.Model):
 
 
 @keras.saving.register_keras_serializable(package="puna")
-class Llama3CausalLM(Generating, ResizableVocabulary, Quantizable, CausalLM):
+class Llama3CausalLM(Generating, ResizableVocabulary, Adaptable, Quantizable, CausalLM):
     """A Llama that predicts the next token.
 
     Called on `{"token_ids", "padding_mask"}`, each `[B, T]`, it returns logits `[B, T, V]` in
@@ -91,6 +92,7 @@ class Llama3CausalLM(Generating, ResizableVocabulary, Quantizable, CausalLM):
         generation_config: the contents of the checkpoint's `generation_config.json`, kept for
             `save_to_preset`.
         head_scheme: how the head is quantized, where it has a matrix of its own.
+        head_adapters: what `get_config` says of LoRA adapters of the head.
     """
 
     def __init__(
@@ -102,9 +104,11 @@ class Llama3CausalLM(Generating, ResizableVocabulary, Quantizable, CausalLM):
         trainable: bool = True,
         generation_config: dict[str, Any] | None = None,
         head_scheme: Scheme | dict[str, Any] | None = None,
+        head_adapters: dict[str, Any] | None = None,
     ):
         super().__init__(dtype=backbone.dtype_policy, name=name, trainable=trainable)
         self.backbone = backbone
+        self.preset = backbone.preset
         self.preprocessor = preprocessor
         self.sampler: samplers.Sampler = samplers.TopKSampler(k=5)
         self.generation_config: dict[str, Any] = dict(generation_config or {})
@@ -121,6 +125,12 @@ class Llama3CausalLM(Generating, ResizableVocabulary, Quantizable, CausalLM):
             self.set_schemes({_HEAD: head_scheme} if head_scheme else {})
         self._decoder = Decoder(self)
         self.build()
+        self._know(backbone)
+        backbone._know(self)
+        if head_adapters:
+            adapters_from_config(self._head(), head_adapters)
+        if self.adapters():
+            self.settle()
 
     @property
     def config(self) -> LlamaConfig:
@@ -138,7 +148,7 @@ class Llama3CausalLM(Generating, ResizableVocabulary, Quantizable, CausalLM):
 
     def call(self, inputs: Any, training: bool = False) -> Tensor:
         """Logits `[B, T, V]` in float32, of whole sequences."""
-        return self._logits(self.backbone(inputs, training=training))
+        return self._logits(self.backbone(inputs, training=training), training)
 
     def step(
         self,
@@ -180,10 +190,13 @@ class Llama3CausalLM(Generating, ResizableVocabulary, Quantizable, CausalLM):
         x_BTD, cache = self.backbone.step(token_ids_BT, start_B, cache, length_B)
         return self._logits(x_BTD), cache
 
-    def _logits(self, x_BTD: Tensor) -> Tensor:
+    def _logits(self, x_BTD: Tensor, training: bool = False) -> Tensor:
         if self.lm_head is None:
             return self.backbone.embed_tokens.logits(x_BTD)
-        return self.lm_head.call(x_BTD)
+        return self.lm_head.call(x_BTD, training)
+
+    def _head(self) -> dict[str, Linear]:
+        return {} if self.lm_head is None else {_HEAD: self.lm_head}
 
     def compute_output_spec(self, inputs: Any, training: bool = False) -> keras.KerasTensor:
         """The logits' shape and dtype, for functional models."""
@@ -192,15 +205,15 @@ class Llama3CausalLM(Generating, ResizableVocabulary, Quantizable, CausalLM):
 
     def matrices(self) -> dict[str, MatrixLayer]:
         """See `Llama3Backbone.matrices`; the head is there where it has a matrix of its own."""
-        head = {} if self.lm_head is None else {_HEAD: self.lm_head}
-        return self.backbone.matrices() | head
+        return self.backbone.matrices() | self._head()
 
     def tensors(self) -> dict[str, Any]:
         """The variables under the checkpoint's names, such as `lm_head.weight`."""
         tensors = self.backbone.tensors()
         if self.lm_head is not None:
             root = self.lm_head.path or self.lm_head.name
-            tensors |= {f"lm_head.{tensor_name(v.path, root)}": v for v in self.lm_head.weights}
+            named = {f"lm_head.{tensor_name(v.path, root)}": v for v in self.lm_head.weights}
+            tensors |= {name: v for name, v in named.items() if not is_of_adapter(name)}
         return tensors
 
     def compile(
@@ -262,6 +275,8 @@ class Llama3CausalLM(Generating, ResizableVocabulary, Quantizable, CausalLM):
         Raises:
             DataError: rows are bad; it names the first of them.
         """
+        if not self.trainable_variables:
+            self._check_unmerged("there is nothing to train")
         self._check_trainable_dtype()
         self._check_optimizer()
         self._compile_if_needed()
@@ -301,16 +316,26 @@ class Llama3CausalLM(Generating, ResizableVocabulary, Quantizable, CausalLM):
             )
         return self.preprocessor
 
-    def save_to_preset(self, preset_dir: str | os.PathLike[str], **kwargs: Any) -> None:
+    def save_to_preset(
+        self, preset_dir: str | os.PathLike[str], adapter: str | None = None, **kwargs: Any
+    ) -> None:
         """Write the model as a Hugging Face directory; see `puna.checkpoint.save`.
 
         Args:
             preset_dir: a directory; what it held of an earlier save is replaced, all at once.
+            adapter: what becomes of LoRA adapters in use: "merged" into the weights that are
+                written (those in memory stay), or "only" the adapter, with the tokenizer, as PEFT
+                has it. None means "merged"; beside quantized matrices "only" has to be asked for.
             **kwargs: `max_shard_size`, in bytes.
+
+        Raises:
+            ConfigError: adapters are beside quantized matrices and not "only" is asked for, or
+                "only" is and not one is in use.
+            PresetError: the directory cannot be written.
         """
         from puna.models.presets import save_causal_lm
 
-        save_causal_lm(self, preset_dir, **kwargs)
+        save_causal_lm(self, preset_dir, adapter, **kwargs)
 
     def get_config(self) -> dict[str, Any]:
         """Everything that the constructor needs, as JSON."""
@@ -322,6 +347,7 @@ class Llama3CausalLM(Generating, ResizableVocabulary, Quantizable, CausalLM):
             "trainable": self.trainable,
             "generation_config": dict(self.generation_config),
             "head_scheme": head.to_config() if head else None,
+            "head_adapters": adapters_to_config(self._head()),
         }
 
     @classmethod

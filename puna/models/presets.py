@@ -27,6 +27,7 @@ from puna.checkpoint.save import save_directory
 from puna.checkpoint.source import TensorSource
 from puna.config import LlamaConfig
 from puna.errors import ConfigError, PresetError, TokenizerError
+from puna.models.adapter_files import merged_tensors, save_adapter_preset
 from puna.quantization.scheme import Quantization, Recipe
 
 if TYPE_CHECKING:
@@ -126,6 +127,7 @@ def load_causal_lm(
         if preprocessor is _UNSET:
             reading = pool.submit(preprocessor_of, Llama3CausalLMPreprocessor, opened, {})
         model = _load(make, opened, load_weights, dtype, form, has_head=True)
+        model.preset = model.backbone.preset = _address(preset, revision, opened)
         model.generation_config = opened.generation_config
         model.preprocessor = reading.result() if reading is not None else preprocessor
     if model.preprocessor is not None:
@@ -151,7 +153,22 @@ def load_backbone(
     def make(policy: Any) -> Llama3Backbone:
         return cls(config=config, dtype=policy)
 
-    return _load(make, opened, load_weights, dtype, form, has_head=False)
+    backbone = _load(make, opened, load_weights, dtype, form, has_head=False)
+    backbone.preset = _address(preset, revision, opened)
+    return backbone
+
+
+def _address(
+    preset: str | os.PathLike[str], revision: str | None, opened: Preset
+) -> tuple[str, str | None] | None:
+    """What an adapter's file names as its base, and the revision; None where others are merged."""
+    text = hub.PRESETS.get(os.fspath(preset), os.fspath(preset))
+    if opened.adapters:
+        return None
+    if not text.startswith(hub.SCHEME):
+        return text, None
+    repository, said, _ = hub.parse_file_address(text)
+    return repository, said or revision
 
 
 def load_tokenizer(
@@ -192,8 +209,16 @@ def preprocessor_of(
     return cls(tokenizer, **(opened.settings.get("preprocessor", {}) | kwargs))
 
 
-def save_causal_lm(model: Llama3CausalLM, directory: str | os.PathLike[str], **kwargs: Any) -> None:
+def save_causal_lm(
+    model: Llama3CausalLM,
+    directory: str | os.PathLike[str],
+    adapter: str | None = None,
+    **kwargs: Any,
+) -> None:
     """See `Llama3CausalLM.save_to_preset`."""
+    if (merged := merged_tensors(model, adapter)) is None:
+        save_adapter_preset(model, directory)
+        return
     settings: dict[str, Any] = {}
     policy = model.dtype_policy
     if policy.compute_dtype != policy.variable_dtype:
@@ -214,6 +239,7 @@ def save_causal_lm(model: Llama3CausalLM, directory: str | os.PathLike[str], **k
         settings=settings,
         quantized=matrices_of(model),
         matrices=model.matrices(),
+        merged=merged,
         **kwargs,
     )
 

@@ -78,7 +78,7 @@ class ResizableVocabulary:
 
         Raises:
             ConfigError: a number is not a positive whole one, V is smaller than the tokenizer's
-                vocabulary, or the embedding or head is quantized.
+                vocabulary, or the embedding or head is quantized or the head has adapters.
             TokenizerError: `vocabulary_size` is None and the model has no tokenizer.
         """
         model = cast("Llama3CausalLM", self)
@@ -98,6 +98,12 @@ class ResizableVocabulary:
             raise ConfigError(
                 f"the vocabulary shall change from {model.config.vocab_size} to {V} rows, and "
                 f"{', '.join(sorted(quantized))} is quantized; change it before quantizing"
+            )
+        if model.lm_head is not None and model.lm_head.adapters:
+            raise ConfigError(
+                f"the vocabulary shall change from {model.config.vocab_size} to {V} rows, and "
+                f"lm_head has adapters ({', '.join(model.lm_head.adapters)}) for as many as now; "
+                "change it before enable_lora"
             )
         config = dataclasses.replace(model.config, vocab_size=V)  # raises before anything changes
         embedding = model.backbone.embed_tokens
