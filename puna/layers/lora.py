@@ -179,25 +179,24 @@ class AdaptedMatrix(MatrixLayer):
 
     def with_adapters(self, x: Tensor, y: Tensor, out_dtype: str, training: bool) -> Tensor:
         """What the matrix makes of `x` [..., in], `y` [..., out], and the adapters in use add."""
+        linear, value, dtype = backend.ops.linear, backend.ops.value, self.compute_dtype
         for adapter in self.in_use:
             seen = x
             if training and adapter.settings.dropout:
                 seen = keras.random.dropout(x, adapter.settings.dropout, seed=self.lora_seed)
-            inner = backend.ops.linear(
-                seen, backend.ops.value(adapter.a, self.compute_dtype), "float32"
-            )
-            added = backend.ops.linear(
-                inner * adapter.scale, backend.ops.value(adapter.b, self.compute_dtype), out_dtype
-            )
+            inner = linear(seen, value(adapter.a, dtype), "float32") * adapter.scale
             if adapter.magnitude is None:
-                y = y + added
+                y = y + linear(inner, value(adapter.b, dtype), out_dtype)
                 continue
-            factor = self._dora_factor(adapter, out_dtype)
+            # In float32, as a factor that is rounded moves a whole row.
+            added, wide = linear(inner, value(adapter.b, dtype), "float32"), ops.cast(y, "float32")
+            factor = self._dora_factor(adapter)
             if seen is x:
-                y = factor * (y + added)
+                wide = factor * (wide + added)
             else:  # what DoRA adds to the matrix's own product sees the dropout too
-                own = backend.ops.linear(seen, self.matrix(self.compute_dtype), out_dtype)
-                y = y + (factor - 1) * own + factor * added
+                own = linear(seen, self.matrix(dtype), "float32")
+                wide = wide + (factor - 1.0) * own + factor * added
+            y = ops.cast(wide, out_dtype)
         return y
 
     def merged_matrix(self) -> np.ndarray:
@@ -239,12 +238,12 @@ class AdaptedMatrix(MatrixLayer):
         self._base, self.is_merged = None, False
         self.use_adapters(self.strengths)
 
-    def _dora_factor(self, adapter: Adapter, dtype: str) -> Tensor:
-        """What the rows of W + s · B A are multiplied by, `[out]`; their lengths count as fixed."""
+    def _dora_factor(self, adapter: Adapter) -> Tensor:
+        """What rows of W + s · B A are multiplied by, float32 [out]; their lengths are fixed."""
         a, b = (backend.ops.value(variable) for variable in (adapter.a, adapter.b))
         rows = self._float_matrix() + ops.matmul(b, a) * adapter.scale
         lengths = ops.stop_gradient(ops.sqrt(ops.sum(ops.square(rows), axis=1)))
-        return ops.cast(backend.ops.value(adapter.magnitude) / lengths, dtype)
+        return backend.ops.value(adapter.magnitude) / lengths
 
     def _float_matrix(self) -> Tensor:
         matrix = self.matrix("float32")
