@@ -14,10 +14,11 @@ namespace {
 // Bytes of weights that a thread takes at a time.
 constexpr int64_t kChunkBytes = 128 << 10;
 // Many rows: so many at once, whose inputs stay in the second cache, and so many results a chunk.
-constexpr int64_t kRowsAtOnce = 128;
+constexpr int64_t kRowsAtOnce = 256;
 constexpr int64_t kManyResults = 48;
 // The transposed product: inputs of a chunk, a multiple of every step.
 constexpr int64_t kBackInputs = 96;
+constexpr int64_t kMostTile = 32;  // rows of a tile, with the longest vectors
 
 struct Named {
   const char* name;
@@ -78,6 +79,22 @@ int64_t few_chunk(const PunaMatrix& m) {
   return std::clamp<int64_t>(results, 8, kMostResults);
 }
 
+// Writes what `many` or `back` made of `rows` rows: `count` results of each, from place `at` on and
+// `apart` from one row to the next.
+void finish_rows(const KernelTable& kernels, const float* values, const float* ups, int64_t rows,
+                 int64_t count, void* to, int32_t kind, int64_t at, int64_t apart) {
+  constexpr int64_t kMost = std::max(kManyResults, kBackInputs);
+  float turned[2][kMostTile * kMost];
+  int64_t tile = kernels.tile, stride = chunks(rows, tile) * tile;
+  for (int64_t first = 0; first < rows; first += tile) {
+    kernels.turn(values + first, stride, count, turned[0], kMost);
+    if (ups != nullptr) kernels.turn(ups + first, stride, count, turned[1], kMost);
+    for (int64_t j = 0; j < std::min(tile, rows - first); ++j)
+      kernels.finish(turned[0] + j * kMost, ups == nullptr ? nullptr : turned[1] + j * kMost, count,
+                     to, kind, at + (first + j) * apart, false);
+  }
+}
+
 struct Call {
   const KernelTable& kernels;
   const PunaThreads& threads;
@@ -125,9 +142,8 @@ struct Call {
                  float* ups = gated ? values + kManyResults * stride : nullptr;
                  kernels.many(matrices[i], x_kind, scratch, rows, begin, end, values);
                  if (gated) kernels.many(matrices[1], x_kind, scratch, rows, begin, end, ups);
-                 for (int64_t j = 0; j < rows; ++j)
-                   kernels.finish(values + j, gated ? ups + j : nullptr, stride, end - begin, y[i],
-                                  y_kind, (row + j) * matrices[i].out + begin, false);
+                 finish_rows(kernels, values, ups, rows, end - begin, y[i], y_kind,
+                             row * matrices[i].out + begin, matrices[i].out);
                });
   }
 };
@@ -169,8 +185,7 @@ void few_results(const KernelTable& kernels, const PunaMatrix* m, bool gated, co
       value[j] += value[rows * kMostResults + j];
       if (gated) up[j] += up[rows * kMostResults + j];
     }
-    kernels.finish(value, gated ? up : nullptr, 1, end - begin, y, y_kind, row * m[0].out + begin,
-                   add);
+    kernels.finish(value, gated ? up : nullptr, end - begin, y, y_kind, row * m[0].out + begin, add);
   }
 }
 
@@ -219,9 +234,7 @@ const char* puna_linear_transposed(const PunaThreads* threads, const void* y, in
       int64_t begin = chunk * kBackInputs, end = std::min(m.in, begin + kBackInputs);
       float* values = computed.floats(kBackInputs * stride);
       kernels.back(m, scratch, here, begin, end, values);
-      for (int64_t j = 0; j < here; ++j)
-        kernels.finish(values + j, nullptr, stride, end - begin, x, x_kind,
-                       (row + j) * m.in + begin, false);
+      finish_rows(kernels, values, nullptr, here, end - begin, x, x_kind, row * m.in + begin, m.in);
     });
   }
   return nullptr;

@@ -22,14 +22,15 @@ static void gate(float* x, const float* up, int64_t count) {
   }
 }
 
-static void finish(const float* y, const float* up, int64_t stride, int64_t count, void* to,
-                   int32_t kind, int64_t at, bool add) {
+static void finish(const float* y, const float* up, int64_t count, void* to, int32_t kind,
+                   int64_t at, bool add) {
+  if (up == nullptr && !add) return write_floats(to, kind, at, count, y);
   for (int64_t start = 0; start < count; start += kSome) {
     float values[kSome], others[kSome];
     int64_t some = std::min(kSome, count - start);
-    for (int64_t i = 0; i < some; ++i) values[i] = y[(start + i) * stride];
+    std::memcpy(values, y + start, 4 * some);
     if (up != nullptr) {
-      for (int64_t i = 0; i < some; ++i) others[i] = up[(start + i) * stride];
+      std::memcpy(others, up + start, 4 * some);
       for (int64_t i = some; i % kLanes != 0; ++i) values[i] = others[i] = 0.0f;
       gate(values, others, some);
     }
@@ -81,7 +82,7 @@ const KernelTable PUNA_TABLE = {
     PUNA_ISA::few_parts, PUNA_ISA::few_scratch, PUNA_ISA::few_prepare, PUNA_ISA::few,
     PUNA_ISA::kTile, PUNA_ISA::any_scratch, PUNA_ISA::any_pack, PUNA_ISA::any_many,
     PUNA_ISA::back_scratch, PUNA_ISA::back_pack, PUNA_ISA::back,
-    PUNA_ISA::finish, PUNA_ISA::attention_scratch, PUNA_ISA::attention, PUNA_ISA::rms_norm,
+    PUNA_ISA::turn, PUNA_ISA::finish, PUNA_ISA::attention_scratch, PUNA_ISA::attention, PUNA_ISA::rms_norm,
     PUNA_ISA::read,
 };
 

@@ -36,9 +36,12 @@ struct KernelTable {
   void (*back)(const PunaMatrix& m, const float* scratch, int64_t rows, int64_t begin, int64_t end,
                float* x);
 
+  // What `many` and `back` give of one tile, [count, stride], as rows: [tile, apart]. Beyond `count`,
+  // up to a vector of each row is written over.
+  void (*turn)(const float* y, int64_t stride, int64_t count, float* to, int64_t apart);
   // Writes `count` results of one row; with `up`, silu(y) * up. Or adds them to what is there.
-  void (*finish)(const float* y, const float* up, int64_t stride, int64_t count, void* to,
-                 int32_t kind, int64_t at, bool add);
+  void (*finish)(const float* y, const float* up, int64_t count, void* to, int32_t kind, int64_t at,
+                 bool add);
   int64_t (*attention_scratch)(const PunaAttention& a);
   void (*attention)(const PunaAttention& a, int64_t row, int64_t head, float* scratch);
   void (*rms_norm)(const void* x, int32_t kind, const void* weight, int32_t weight_kind,

@@ -20,7 +20,7 @@ constexpr int kTile = 2 * kLanes;
 constexpr int kResults = kLanes == 16 ? 12 : 6;
 // Inputs that are multiplied before the next ones are converted: a multiple of every step, group
 // and set of results matters not, but a whole number of steps does.
-constexpr int64_t kDepth = 512;
+constexpr int64_t kDepth = 256;
 
 PUNA_INLINE int64_t tiles_of(int64_t rows) { return (rows + kTile - 1) / kTile; }
 PUNA_INLINE int64_t whole_depth(int64_t n) { return (n + kDepth - 1) / kDepth * kDepth; }
@@ -34,24 +34,28 @@ inline int64_t many_scratch(const PunaMatrix& m, int64_t rows) {
   return whole_depth(m.in) * tiles_of(rows) * kTile;
 }
 
-// One tile of x [rows, n]; what there is no row or no input for is zero.
-template <typename Place>
+// One tile of x [rows, n]; what there is no row or no input for is zero. With `split`, the inputs of
+// each whole step stand as interleaved weights do.
 PUNA_INLINE void pack_tile(const void* x, int32_t x_kind, int64_t rows, int64_t n, int64_t tile,
-                           float* packed, Place place) {
-  int64_t tiles = tiles_of(rows), first = tile * kTile;
+                           bool split, float* packed) {
+  int64_t tiles = tiles_of(rows), first = tile * kTile, whole = n / kStep * kStep;
   int64_t here = std::min<int64_t>(kTile, rows - first);
-  for (int64_t block = 0; block * kDepth < n; ++block) {
-    float* to = packed_block(packed, tiles, block, tile);
-    int64_t start = block * kDepth, count = std::min(kDepth, n - start);
-    if (here < kTile) std::fill(to, to + count * kTile, 0.0f);
-    for (int64_t row = 0; row < here; ++row) {
-      int64_t from = (first + row) * n;
-      if (x_kind == PUNA_F32) {
-        const float* source = static_cast<const float*>(x) + from;
-        for (int64_t i = 0; i < count; ++i) to[i * kTile + row] = source[place(start + i)];
-      } else {
-        for (int64_t i = 0; i < count; ++i)
-          to[i * kTile + row] = read_float(x, x_kind, from + place(start + i));
+  for (int64_t start = 0; start < n; start += kStep) {
+    float* to = packed_block(packed, tiles, start / kDepth, tile) + start % kDepth * kTile;
+    int64_t count = std::min<int64_t>(kStep, n - start);
+    float values[kTile][kStep] = {};
+    for (int64_t row = 0; row < here; ++row)
+      read_floats(x, x_kind, (first + row) * n + start, count, values[row]);
+    for (int64_t half = 0; half < count; half += kLanes) {
+      for (int64_t some = 0; some < kTile; some += kLanes) {
+        Floats square[kLanes];
+        for (int i = 0; i < kLanes; ++i) square[i] = load<Floats>(values[some + i] + half);
+        transpose(square);
+        for (int64_t i = 0; i < std::min<int64_t>(kLanes, count - half); ++i) {
+          int64_t k = half + i;
+          if (split && start < whole) k = k / 2 + k % 2 * kLanes;
+          store(to + k * kTile + some, square[i]);
+        }
       }
     }
   }
@@ -59,12 +63,20 @@ PUNA_INLINE void pack_tile(const void* x, int32_t x_kind, int64_t rows, int64_t 
 
 inline void many_pack(const PunaMatrix& m, const void* x, int32_t x_kind, int64_t rows,
                       int64_t which, float* scratch) {
-  int64_t whole = m.in / kStep * kStep;
-  if (m.kind == PUNA_BF16 || m.kind == PUNA_U4)
-    pack_tile(x, x_kind, rows, m.in, which, scratch,
-              [whole](int64_t i) { return i < whole ? interleaved(i) : i; });
-  else
-    pack_tile(x, x_kind, rows, m.in, which, scratch, [](int64_t i) { return i; });
+  pack_tile(x, x_kind, rows, m.in, which, m.kind == PUNA_BF16 || m.kind == PUNA_U4, scratch);
+}
+
+// Results [count, stride] of a tile's rows, as rows: [kTile, apart].
+inline void turn(const float* y, int64_t stride, int64_t count, float* to, int64_t apart) {
+  for (int64_t start = 0; start < count; start += kLanes) {
+    int64_t some = std::min<int64_t>(kLanes, count - start);
+    for (int64_t rows = 0; rows < kTile; rows += kLanes) {
+      Floats square[kLanes] = {};
+      for (int64_t i = 0; i < some; ++i) square[i] = load<Floats>(y + (start + i) * stride + rows);
+      transpose(square);
+      for (int64_t i = 0; i < kLanes; ++i) store(to + (rows + i) * apart + start, square[i]);
+    }
+  }
 }
 
 // Weights [begin, end) of a row as float32, scaled, in the order of the steps.
@@ -104,10 +116,21 @@ PUNA_INLINE void widen(const PunaMatrix& m, int64_t out, int64_t begin, int64_t 
   }
 }
 
-// R results of a tile's rows, added to those of earlier blocks unless this is the first.
-template <int R>
-PUNA_INLINE void multiply(const float* weights, int64_t stride, const float* x, int64_t depth,
-                          float* y, int64_t y_stride, bool first) {
+// The first `count` floats, in the order of interleaved steps, are put in that of the inputs.
+PUNA_INLINE void join_steps(float* floats, int64_t count) {
+  for (float* at = floats; at < floats + count; at += kStep) {
+    Floats a, b;
+    join_pairs(load<Floats>(at), load<Floats>(at + kLanes), a, b);
+    store(at, a);
+    store(at + kLanes, b);
+  }
+}
+
+// R results of a tile's rows, added to those of earlier blocks unless this is the first. The weight
+// of result r and input k stands at `r * kAcross + k * kAlong`.
+template <int R, int64_t kAcross, int64_t kAlong>
+PUNA_INLINE void multiply(const float* weights, const float* x, int64_t depth, float* y,
+                          int64_t y_stride, bool first) {
   Floats total[R][2];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
@@ -118,7 +141,7 @@ PUNA_INLINE void multiply(const float* weights, int64_t stride, const float* x, 
     Floats a = load<Floats>(x + k * kTile), b = load<Floats>(x + k * kTile + kLanes);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      Floats weight = splat(weights[r * stride + k]);
+      Floats weight = splat(weights[r * kAcross + k * kAlong]);
       total[r][0] += weight * a;
       total[r][1] += weight * b;
     }
@@ -130,31 +153,30 @@ PUNA_INLINE void multiply(const float* weights, int64_t stride, const float* x, 
   }
 }
 
-template <int R>
-void multiply_upto(int64_t results, const float* weights, int64_t stride, const float* x,
-                   int64_t depth, float* y, int64_t y_stride, bool first) {
+template <int R, int64_t kAcross, int64_t kAlong>
+void multiply_upto(int64_t results, const float* weights, const float* x, int64_t depth, float* y,
+                   int64_t y_stride, bool first) {
   if (results == R)
-    multiply<R>(weights, stride, x, depth, y, y_stride, first);
+    multiply<R, kAcross, kAlong>(weights, x, depth, y, y_stride, first);
   else if constexpr (R > 1)
-    multiply_upto<R - 1>(results, weights, stride, x, depth, y, y_stride, first);
+    multiply_upto<R - 1, kAcross, kAlong>(results, weights, x, depth, y, y_stride, first);
 }
 
-// Sets of kResults results times every tile, a block of inputs at a time. `fill(start, count,
-// first, results, to)` writes weights [results][kDepth] of inputs from `start`.
-template <typename Fill>
+// Sets of kResults results times every tile, a block of inputs at a time. `weights(start, count,
+// first, results)` gives where those of inputs from `start` are, as `multiply` takes them.
+template <int64_t kAcross, int64_t kAlong, typename Weights>
 PUNA_INLINE void multiply_all(const float* packed, int64_t rows, int64_t depth, int64_t results,
-                              float* y, Fill fill) {
-  alignas(64) float weights[kResults * kDepth];
+                              float* y, Weights weights) {
   int64_t tiles = tiles_of(rows), y_stride = tiles * kTile;
   for (int64_t block = 0; block * kDepth < depth; ++block) {
     int64_t start = block * kDepth, count = std::min(kDepth, depth - start);
     for (int64_t some = 0; some < results; some += kResults) {
       int64_t here = std::min<int64_t>(kResults, results - some);
-      fill(start, count, some, here, weights);
+      const float* from = weights(start, count, some, here);
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const float* x = packed_block(const_cast<float*>(packed), tiles, block, tile);
-        multiply_upto<kResults>(here, weights, kDepth, x, count, y + some * y_stride + tile * kTile,
-                                y_stride, block == 0);
+        multiply_upto<kResults, kAcross, kAlong>(
+            here, from, x, count, y + some * y_stride + tile * kTile, y_stride, block == 0);
       }
     }
   }
@@ -163,11 +185,14 @@ PUNA_INLINE void multiply_all(const float* packed, int64_t rows, int64_t depth, 
 template <typename Read>
 void many_of(const PunaMatrix& m, const float* packed, int64_t rows, int64_t begin, int64_t end,
              float* y) {
-  multiply_all(packed, rows, m.in, end - begin, y,
-               [&](int64_t start, int64_t count, int64_t first, int64_t results, float* to) {
-                 for (int64_t r = 0; r < results; ++r)
-                   widen<Read>(m, begin + first + r, start, start + count, to + r * kDepth);
-               });
+  alignas(64) float weights[kResults * kDepth];
+  multiply_all<kDepth, 1>(packed, rows, m.in, end - begin, y,
+                          [&](int64_t start, int64_t count, int64_t first, int64_t results) {
+                            for (int64_t r = 0; r < results; ++r)
+                              widen<Read>(m, begin + first + r, start, start + count,
+                                          weights + r * kDepth);
+                            return weights;
+                          });
 }
 
 inline void many(const PunaMatrix& m, const float* packed, int64_t rows, int64_t begin, int64_t end,
@@ -187,34 +212,35 @@ inline int64_t back_scratch(const PunaMatrix& m, int64_t rows) {
 
 inline void back_pack(const PunaMatrix& m, const void* y, int32_t y_kind, int64_t rows,
                       int64_t which, float* scratch) {
-  pack_tile(y, y_kind, rows, m.out, which, scratch, [](int64_t i) { return i; });
+  pack_tile(y, y_kind, rows, m.out, which, false, scratch);
 }
 
-// The transposed product: the roles of inputs and outputs are exchanged, so a block of weights is
-// widened row by row and stored column by column. `begin` is a multiple of the steps and groups.
+// The transposed product: the roles of inputs and outputs are exchanged. A block of weights is
+// widened row by row, each cut into sets of kResults, [set][kDepth][kResults]. `begin` is a multiple
+// of the steps and groups.
 template <typename Read>
 void back_of(const PunaMatrix& m, const float* packed, int64_t rows, int64_t begin, int64_t end,
              float* x) {
-  int64_t columns = end - begin, whole = m.in / kStep * kStep;
+  int64_t columns = end - begin, whole = std::clamp<int64_t>(m.in / kStep * kStep - begin, 0, columns);
+  int64_t sets = (columns + kResults - 1) / kResults;
   // Not a std::vector: its functions, compiled here, could be linked in where these instructions
   // are missing.
-  float* row = static_cast<float*>(std::malloc(4 * (columns + columns * kDepth)));
-  float* block = row + columns;
+  float* row = static_cast<float*>(std::calloc(sets * kResults * (kDepth + 1), 4));
+  float* block = row + sets * kResults;
   int64_t filled = -1;
-  multiply_all(packed, rows, m.out, columns, x,
-               [&](int64_t start, int64_t count, int64_t first, int64_t results, float* to) {
-                 if (filled != start) {
-                   for (int64_t out = 0; out < count; ++out) {
-                     widen<Read>(m, start + out, begin, end, row);
-                     for (int64_t i = 0; i < columns; ++i) {
-                       int64_t k = Read::kInterleaved && begin + i < whole ? interleaved(i) : i;
-                       block[k * kDepth + out] = row[i];
-                     }
-                   }
-                   filled = start;
-                 }
-                 std::memcpy(to, block + first * kDepth, 4 * results * kDepth);
-               });
+  multiply_all<1, kResults>(
+      packed, rows, m.out, columns, x,
+      [&](int64_t start, int64_t count, int64_t first, int64_t) -> const float* {
+        for (int64_t out = 0; out < count && filled != start; ++out) {
+          widen<Read>(m, start + out, begin, end, row);
+          if constexpr (Read::kInterleaved) join_steps(row, whole);
+          for (int64_t set = 0; set < sets; ++set)
+            std::memcpy(block + (set * kDepth + out) * kResults, row + set * kResults,
+                        4 * kResults);
+        }
+        filled = start;
+        return block + first * kDepth;
+      });
   std::free(row);
 }
 

@@ -114,6 +114,57 @@ PUNA_INLINE void part_pairs(Floats a, Floats b, Floats& evens, Floats& odds) {
 #endif
 }
 
+// The inverse: lanes of both by turns, first into a, then into b.
+PUNA_INLINE void join_pairs(Floats evens, Floats odds, Floats& a, Floats& b) {
+#if defined(__clang__)
+  float both[2 * kLanes];
+  for (int i = 0; i < kLanes; ++i) both[2 * i] = evens[i], both[2 * i + 1] = odds[i];
+  a = load<Floats>(both), b = load<Floats>(both + kLanes);
+#else
+#if PUNA_LANES == 16
+  const Ints first{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+#elif PUNA_LANES == 8
+  const Ints first{0, 8, 1, 9, 2, 10, 3, 11};
+#else
+  const Ints first{0, 4, 1, 5};
+#endif
+  a = __builtin_shuffle(evens, odds, first), b = __builtin_shuffle(evens, odds, first + kLanes / 2);
+#endif
+}
+
+// kLanes vectors as a square of numbers, rows and columns exchanged.
+PUNA_INLINE void transpose(Floats* v) {
+#if defined(__clang__)
+  float from[kLanes][kLanes], to[kLanes][kLanes];
+  std::memcpy(from, v, sizeof from);
+  for (int i = 0; i < kLanes; ++i)
+    for (int j = 0; j < kLanes; ++j) to[i][j] = from[j][i];
+  std::memcpy(v, to, sizeof to);
+#else
+#if PUNA_LANES == 16
+  const Ints lanes{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#elif PUNA_LANES == 8
+  const Ints lanes{0, 1, 2, 3, 4, 5, 6, 7};
+#else
+  const Ints lanes{0, 1, 2, 3};
+#endif
+  // Squares of half the size are exchanged across the diagonal, then those within them.
+#pragma GCC unroll 4
+  for (int size = kLanes / 2; size > 0; size /= 2) {
+    const Ints right = (lanes & size) != 0;
+    const Ints upper = (right & ((lanes ^ size) + kLanes)) | (~right & lanes);
+    const Ints lower = (right & (lanes + kLanes)) | (~right & (lanes ^ size));
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      if (i & size) continue;
+      Floats a = v[i], b = v[i + size];
+      v[i] = __builtin_shuffle(a, b, upper);
+      v[i + size] = __builtin_shuffle(a, b, lower);
+    }
+  }
+#endif
+}
+
 // e to the power of each lane, for numbers up to 0; of float32's accuracy, and 0 below -87.
 PUNA_INLINE Floats exponential(Floats x) {
   Words tiny = Words(x < splat(-87.0f));
