@@ -29,6 +29,7 @@ from puna.backend.generic import (
     value,
     while_loop,
 )
+from puna.backend.jax_loss import head_loss
 from puna.backend.kernels import jax_calls
 from puna.backend.kernels.library import FEW_TOKENS
 from puna.backend.memory import ALIGNMENT, aligned_copy, aligned_zeros, is_aligned, numpy_dtype
@@ -37,9 +38,9 @@ from puna.backend.protocol import BlockWeights, Place, Tensor
 
 __all__ = [
     "aliases", "attend", "attention", "cache_dtype", "cache_read", "cache_write", "call_block",
-    "call_blocks", "compile_step", "cond", "embed", "gated", "initialize", "linear", "linears",
-    "merge_heads", "place", "prepare", "rms_norm", "rotate", "silu", "split_heads", "switch",
-    "to_numpy", "value", "while_loop",
+    "call_blocks", "compile_step", "cond", "embed", "gated", "head_loss", "initialize", "linear",
+    "linears", "merge_heads", "place", "prepare", "rms_norm", "rotate", "silu", "split_heads",
+    "switch", "to_numpy", "value", "while_loop",
 ]  # fmt: skip
 
 

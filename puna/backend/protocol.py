@@ -82,6 +82,32 @@ class BackendOps(Protocol):
         """`silu(linear(x, gate)) · linear(x, up)`; `gate` and `up` have one shape and kind."""
         ...
 
+    def head_loss(
+        self,
+        head: Callable[[Tensor], Tensor],
+        variables: Sequence[Any],
+        x_ND: Tensor,
+        labels_N: Tensor,
+        weights_N: Tensor,
+        rows: int,
+        training: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of a head's guesses, of some rows at a time, with its gradients.
+
+        Args:
+            head: hidden states [R, D] to logits [R, V].
+            variables: all that `head` reads.
+            x_ND: hidden states.
+            labels_N: int, what is right.
+            weights_N: float32; rows of weight 0 cost nothing.
+            rows: how many logits are computed at a time.
+            training: whether gradients are wanted.
+
+        Returns:
+            Sums of `loss · weight`, which has gradients, and of the weights of right guesses.
+        """
+        ...
+
     def embed(self, weight: Tensor | Packed, token_ids: Tensor) -> Tensor:
         """Rows of `weight` [V, D] in its own dtype: int [B, T] to [B, T, D].
 

@@ -57,6 +57,8 @@ class Llama3Backbone(Adaptable, Quantizable, keras.Model):
 
     _default_targets = ("q_proj", "v_proj")
 
+    remat = False  # whether training computes blocks again for their gradients
+
     def __init__(
         self,
         *args: Any,
@@ -197,11 +199,21 @@ class Llama3Backbone(Adaptable, Quantizable, keras.Model):
                     block, like, x_BTD, rotary, layer_cache, place
                 )
             else:
-                x_BTD, _ = block.call(x_BTD, rotary, mask_B1TS, training=training)
+                x_BTD = self._call_block(block, x_BTD, rotary, mask_B1TS, training)
             new_cache.append(layer_cache)
             if intercept is not None:
                 x_BTD = intercept(x_BTD, i)
         return self.norm.call(x_BTD), tuple(new_cache)
+
+    def _call_block(
+        self, block: Block, x_BTD: Tensor, rotary: Any, mask_B1TS: Tensor | None, training: bool
+    ) -> Tensor:
+        """What one block makes of whole sequences."""
+
+        def call(x_BTD: Tensor) -> Tensor:
+            return block.call(x_BTD, rotary, mask_B1TS, training=training)[0]
+
+        return keras.remat(call)(x_BTD) if training and self.remat else call(x_BTD)
 
     def _call_blocks(
         self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], cache: Cache, place: Place

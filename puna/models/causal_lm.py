@@ -13,7 +13,7 @@ from puna.backend.protocol import Tensor
 from puna.checkpoint.variable_names import is_of_adapter, tensor_name
 from puna.config import LlamaConfig
 from puna.decoding.loop import Decoder
-from puna.errors import ConfigError, TokenizerError
+from puna.errors import TokenizerError
 from puna.layers.cache import Cache
 from puna.layers.linear import Linear
 from puna.layers.matrix import MatrixLayer
@@ -22,10 +22,10 @@ from puna.models.backbone import Llama3Backbone
 from puna.models.generating import Generating
 from puna.models.preprocessor import Llama3CausalLMPreprocessor
 from puna.models.quantizing import Quantizable
+from puna.models.training import Trainable
 from puna.models.vocabulary import ResizableVocabulary
 from puna.quantization.scheme import Quantization, Scheme
 from puna.text.tokenizer import Tokenizer
-from puna.tuning.data import Preprocessed
 
 _HEAD = "lm_head"
 
@@ -78,7 +78,7 @@ class CausalLM(keras.Model):
 
 
 @keras.saving.register_keras_serializable(package="puna")
-class Llama3CausalLM(Generating, ResizableVocabulary, Adaptable, Quantizable, CausalLM):
+class Llama3CausalLM(Trainable, Generating, ResizableVocabulary, Adaptable, Quantizable, CausalLM):
     """A Llama that predicts the next token.
 
     Called on `{"token_ids", "padding_mask"}`, each `[B, T]`, it returns logits `[B, T, V]` in
@@ -124,6 +124,7 @@ class Llama3CausalLM(Generating, ResizableVocabulary, Adaptable, Quantizable, Ca
             )
             self.set_schemes({_HEAD: head_scheme} if head_scheme else {})
         self._decoder = Decoder(self)
+        self._add_metric()
         self.build()
         self._know(backbone)
         backbone._know(self)
@@ -148,7 +149,9 @@ class Llama3CausalLM(Generating, ResizableVocabulary, Adaptable, Quantizable, Ca
 
     def call(self, inputs: Any, training: bool = False) -> Tensor:
         """Logits `[B, T, V]` in float32, of whole sequences."""
-        return self._logits(self.backbone(inputs, training=training), training)
+        x_BTD = self.backbone(inputs, training=training)
+        # In a step the loss takes hidden states, and computes logits of some at a time.
+        return x_BTD if self._is_stepping else self._logits(x_BTD, training)
 
     def step(
         self,
@@ -195,6 +198,11 @@ class Llama3CausalLM(Generating, ResizableVocabulary, Adaptable, Quantizable, Ca
             return self.backbone.embed_tokens.logits(x_BTD)
         return self.lm_head.call(x_BTD, training)
 
+    def head_variables(self) -> list[Any]:
+        """The variables that make logits of hidden states."""
+        head = self.backbone.embed_tokens if self.lm_head is None else self.lm_head
+        return list(head.weights)
+
     def _head(self) -> dict[str, Linear]:
         return {} if self.lm_head is None else {_HEAD: self.lm_head}
 
@@ -215,98 +223,6 @@ class Llama3CausalLM(Generating, ResizableVocabulary, Adaptable, Quantizable, Ca
             named = {f"lm_head.{tensor_name(v.path, root)}": v for v in self.lm_head.weights}
             tensors |= {name: v for name, v in named.items() if not is_of_adapter(name)}
         return tensors
-
-    def compile(
-        self,
-        optimizer: Any = "auto",
-        loss: Any = "auto",
-        *,
-        weighted_metrics: Any = "auto",
-        sampler: str | samplers.Sampler = "top_k",
-        **kwargs: Any,
-    ) -> None:
-        """Keras's `compile`, with defaults for fine-tuning, and the sampler of `generate`.
-
-        Args:
-            optimizer: "auto" is Adam with a learning rate of 2e-5.
-            loss: "auto" is cross-entropy, averaged over the tokens that have a weight.
-            weighted_metrics: "auto" is the share of tokens that are predicted.
-            sampler: a `puna.samplers.Sampler` or a name of one.
-            **kwargs: as Keras has them.
-        """
-        if optimizer == "auto":
-            optimizer = keras.optimizers.Adam(2e-5)
-        if loss == "auto":
-            loss = keras.losses.SparseCategoricalCrossentropy(
-                from_logits=True, reduction="mean_with_sample_weight"
-            )
-        if weighted_metrics == "auto":
-            weighted_metrics = [keras.metrics.SparseCategoricalAccuracy(name="accuracy")]
-        self.sampler = samplers.get(sampler)
-        super().compile(optimizer=optimizer, loss=loss, weighted_metrics=weighted_metrics, **kwargs)
-
-    def get_compile_config(self) -> dict[str, Any] | None:
-        """Keras's, with the sampler."""
-        config = super().get_compile_config()
-        return None if config is None else config | {"sampler": samplers.to_config(self.sampler)}
-
-    def compile_from_config(self, config: dict[str, Any]) -> None:
-        """The inverse of `get_compile_config`; optimizer state is loaded into what it makes."""
-        sampler = samplers.from_config(config["sampler"])
-        others = {name: value for name, value in config.items() if name != "sampler"}
-        self.compile(**keras.saving.deserialize_keras_object(others), sampler=sampler)
-        if self.optimizer is not None:
-            self.optimizer.build(self.trainable_variables)
-
-    def fit(self, x: Any = None, y: Any = None, **kwargs: Any) -> Any:
-        """Keras's `fit`, on text too.
-
-        Args:
-            x: rows: strings, chats, prompts with completions and what else `puna.tuning.rows`
-                knows, in a list, an array, a data frame, a data set of any library, a generator,
-                or the `pathlib.Path` of a file; `puna.tuning.TextData` of rows, which can be
-                packed and says what is learned; or arrays, as in Keras.
-            y: labels of arrays; rows bring their own.
-            **kwargs: as in Keras. `validation_data` takes what `x` takes; `batch_size` holds for
-                all of it.
-
-        Rows that had to be cut are counted, and the count is shown.
-
-        Raises:
-            DataError: rows are bad; it names the first of them.
-        """
-        if not self.trainable_variables:
-            self._check_unmerged("there is nothing to train")
-        self._check_trainable_dtype()
-        self._check_optimizer()
-        self._compile_if_needed()
-        with Preprocessed(self.preprocessor, "fit", x, y, kwargs) as data:
-            return super().fit(**data)
-
-    def evaluate(self, x: Any = None, y: Any = None, **kwargs: Any) -> Any:
-        """Keras's `evaluate`, on text too; see `fit`."""
-        self._compile_if_needed()
-        with Preprocessed(self.preprocessor, "evaluate", x, y, kwargs) as data:
-            return super().evaluate(**data)
-
-    def predict(self, x: Any, **kwargs: Any) -> Any:
-        """Keras's `predict`, on text too: logits `[B, T, V]`, a row for each of `x`."""
-        with Preprocessed(self.preprocessor, "predict", x, None, kwargs) as data:
-            return super().predict(**data)
-
-    def _compile_if_needed(self) -> None:
-        if not self.compiled:
-            self.compile(sampler=self.sampler)
-
-    def _check_trainable_dtype(self) -> None:
-        half = [v for v in self.trainable_variables if v.dtype in ("bfloat16", "float16")]
-        if half:
-            raise ConfigError(
-                f"{len(half)} trainable variables are in {half[0].dtype}, where a step's change "
-                "of a weight is mostly rounded away; load the model with "
-                f"dtype='mixed_{half[0].dtype}' (float32 weights, the same products) or "
-                "dtype='float32', or freeze what shall not be trained"
-            )
 
     def _require_preprocessor(self, what: str) -> Llama3CausalLMPreprocessor:
         if self.preprocessor is None:

@@ -14,5 +14,6 @@ from keras.src import saving as saving
 from keras.src.backend import Variable as Variable
 from keras.src.backend.common.keras_tensor import KerasTensor as KerasTensor
 from keras.src.backend.common.name_scope import name_scope as name_scope
+from keras.src.backend.common.remat import remat as remat
 from keras.src.backend.common.stateless_scope import StatelessScope as StatelessScope
 from keras.src.models.model import Model as Model

@@ -1,1 +1,2 @@
 from keras.src.trainers.data_adapters.py_dataset_adapter import PyDataset as PyDataset
+from keras.src.utils.rng_utils import set_random_seed as set_random_seed
