@@ -254,7 +254,7 @@ def switch(index: Tensor, branches: Sequence[Callable[..., Any]], *operands: Any
 
 def to_device(array: np.ndarray) -> Tensor:
     """See `BackendOps.to_device`."""
-    return torch.from_numpy(array).to(get_device())
+    return _from_numpy(array).to(get_device())
 
 
 def zeros(shape: tuple[int, ...], dtype: str) -> Tensor:

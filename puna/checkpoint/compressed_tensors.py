@@ -16,7 +16,8 @@ from puna.quantization.scheme import GROUP_SIZES, SMALL_GROUP, Scheme
 KEY = "quantization_config"  # in config.json
 METHOD = "compressed-tensors"
 VERSION = "0.20.0"  # of compressed-tensors, whose layout is written
-PACK, INT, MIXED = "pack-quantized", "int-quantized", "mixed-precision"
+PACK, INT, FLOAT = "pack-quantized", "int-quantized", "float-quantized"
+MIXED, NAIVE = "mixed-precision", "naive-quantized"
 
 _EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
 
@@ -45,7 +46,7 @@ def split(hf: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]
 
 def format_of(scheme: Scheme) -> str:
     """The name of the format in which we write a scheme."""
-    return PACK if scheme.bits == 4 else INT
+    return FLOAT if scheme.kind == "float" else PACK if scheme.bits == 4 else INT
 
 
 def to_config(schemes: Mapping[str, Scheme], matrices: Collection[str]) -> dict[str, Any]:
@@ -57,7 +58,7 @@ def to_config(schemes: Mapping[str, Scheme], matrices: Collection[str]) -> dict[
     """
     groups: dict[Scheme, list[str]] = {}
     for name, scheme in schemes.items():
-        key = Scheme(bits=scheme.bits, group_size=scheme.group_size, symmetric=scheme.symmetric)
+        key = Scheme.parse(scheme, scale_dtype=None)
         groups.setdefault(key, []).append(name)
     linear = [(key, n) for key, names in groups.items() for n in names if n != _EMBEDDING]
     usual = Counter(key for key, _ in linear).most_common(1)
@@ -93,7 +94,7 @@ def to_config(schemes: Mapping[str, Scheme], matrices: Collection[str]) -> dict[
 def _weights(scheme: Scheme) -> dict[str, Any]:
     return {
         "num_bits": scheme.bits,
-        "type": "int",
+        "type": scheme.kind,
         "symmetric": scheme.symmetric,
         "strategy": "channel" if scheme.group_size is None else "group",
         "group_size": scheme.group_size,
@@ -168,13 +169,13 @@ def _layout(group: Mapping[str, Any], config: Mapping[str, Any]) -> Layout:
     form = str(group.get("format") or config.get("format"))
     bits: Any = weights.get("num_bits")
     is_known = (
-        kind == "int"
-        and strategy in ("group", "channel", "tensor")
+        kind in ("int", "float")
+        and strategy in (("group", "channel", "tensor") if kind == "int" else ("channel", "tensor"))
         and weights.get("dynamic", False) is False
         and weights.get("actorder") not in (True, "group", "dynamic")
-        and form in (PACK, INT, "naive-quantized")
-        and bits in (4, 8)
-        and isinstance(weights.get("symmetric", True), bool)
+        and form in ((PACK, INT, NAIVE) if kind == "int" else (FLOAT, NAIVE))
+        and bits in ((4, 8) if kind == "int" else (8,))
+        and weights.get("symmetric", True) in ((True, False) if kind == "int" else (True,))
     )
     sizes = GROUP_SIZES
     if bits == 8 and weights.get("symmetric", True):
@@ -185,7 +186,8 @@ def _layout(group: Mapping[str, Any], config: Mapping[str, Any]) -> Layout:
     scheme = Scheme(
         bits=bits,
         group_size=group_size if strategy == "group" else None,
-        symmetric=weights.get("symmetric", True),
+        symmetric=bool(weights.get("symmetric", True)),
+        kind=kind,
     )
     return Layout(scheme, form)
 
@@ -201,6 +203,6 @@ def _refused(what: str) -> ConfigError:
     return ConfigError(
         f"config.json's {KEY} has {what}, which Puna does not compute; it reads whole numbers of 4 "
         f"or 8 bits as {PACK} or {INT}, per channel or in groups of "
-        f"{', '.join(map(str, GROUP_SIZES))}: fetch the full-precision checkpoint, and load it "
+        f"{', '.join(map(str, GROUP_SIZES))}, and floats of 8 bits as {FLOAT}, per channel: fetch the full-precision checkpoint, and load it "
         "with quantization="
     )

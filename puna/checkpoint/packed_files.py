@@ -2,7 +2,7 @@
 
 Four bits are held byte for byte as `pack-quantized` stores them: eight numbers to an int32, the
 first in the lowest bits, each 8 more than the signed number that is meant. Zeros are stored as
-whole numbers and held as `low = -zero * scale`, exact in float32.
+whole numbers and held as `low = -zero * scale`, exact in float32. Eight bits are held as they are.
 
 Sources: compressed-tensors 0.20, `compressors/pack_quantized/{base,helpers}.py` and
 `compressors/naive_quantized/base.py`.
@@ -67,7 +67,8 @@ def to_write(
             f"{name}.{PACKED}", (out, words), np.int32, lambda: _words(read[PACKED](), words)
         )
     else:
-        yield TensorSpec(f"{name}.{WEIGHT}", matrix.shape, np.int8, read[WEIGHT])
+        numbers = numpy_dtype(scheme.number_dtype)
+        yield TensorSpec(f"{name}.{WEIGHT}", matrix.shape, numbers, read[WEIGHT])
     stored = numpy_dtype(scheme.scale_dtype or "float32")
     yield TensorSpec(f"{name}.{SCALE}", matrix.scales, stored, lambda: read[SCALE]().astype(stored))
     if not scheme.symmetric:
@@ -143,7 +144,8 @@ def from_file(
         else:
             data = (raw[:, :in_features] ^ 0x80).view(np.int8)
     else:
-        data = _checked(name, WEIGHT, stored, matrix.shape, np.int8)
+        numbers = numpy_dtype(scheme.number_dtype) if bits == 8 else np.int8
+        data = _checked(name, WEIGHT, stored, matrix.shape, numbers)
         data = _two_to_a_byte(name, data) if bits == 4 else data
     scale = stored[SCALE]
     if scale.size in (1, out) and scale.shape != matrix.scales and matrix.scales[1] == 1:
@@ -179,6 +181,8 @@ def _whole_zeros(
     bits, (out, groups) = matrix.scheme.bits, matrix.scales
     if layout.format != PACK:
         zero = stored[ZERO]
+        if matrix.scheme.kind == "float" and zero.dtype.name == matrix.scheme.number_dtype:
+            zero = (zero.astype(np.float32) != 0).astype(np.int16)  # which is refused
         if zero.size == out * groups or zero.size == 1:
             zero = np.broadcast_to(zero.reshape(-1, groups if zero.size > 1 else 1), (out, groups))
         if zero.shape != (out, groups) or zero.dtype.kind not in "iu":

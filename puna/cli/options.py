@@ -238,7 +238,7 @@ class Loading:
     ] = None
 
     quantization: Annotated[
-        Literal["int4", "int8", "none"] | None,
+        Literal["int4", "int8", "float8", "none"] | None,
         typer.Option(
             help="Quantize the weights while they are read; with none, dequantize those of a "
             "quantized checkpoint, which else stay packed.",

@@ -19,8 +19,11 @@ def quantize(
     *,
     out: Out,
     scheme: Annotated[
-        Literal["int4", "int8"],
-        typer.Option(help="4 bits in groups of 32 inputs, or 8 bits with a scale for each row."),
+        Literal["int4", "int8", "float8"],
+        typer.Option(
+            help="4 bits in groups of 32 inputs, or 8 bits with a scale for each row: whole "
+            "numbers, or floats (e4m3)."
+        ),
     ] = "int4",
     group_size: Annotated[
         int | None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import keras
@@ -12,6 +12,7 @@ from keras.quantizers import QuantizationConfig
 
 from puna import backend
 from puna.backend import build
+from puna.backend.memory import numpy_dtype
 from puna.backend.packed import Packed
 from puna.backend.protocol import Tensor
 from puna.errors import ConfigError
@@ -21,9 +22,9 @@ from puna.quantization.scheme import Scheme
 
 
 class MatrixLayer(keras.layers.Layer):
-    """A layer of one matrix, which `quantize` turns into whole numbers and scales.
+    """A layer of one matrix, which `quantize` turns into small numbers and scales.
 
-    Keras's own way, a quantized dtype policy, is not taken: it refuses int8 beside float16, has no
+    Keras's own way, a quantized dtype policy, is refused: it has no int8 beside float16 and no
     group sizes, and would call `quantized_call`, where blocks call `call`. The layer's `scheme`
     says how it is quantized, and `quantization_mode` what Keras calls that.
 
@@ -31,6 +32,9 @@ class MatrixLayer(keras.layers.Layer):
 
     Args:
         initializer_range: standard deviation of a freshly made matrix.
+
+    Raises:
+        ConfigError: the dtype is one of Keras's quantized policies.
     """
 
     def __new__(cls, *args, **kwargs):
@@ -38,6 +42,12 @@ class MatrixLayer(keras.layers.Layer):
 
     def __init__(self, *, initializer_range: float, **kwargs):
         super().__init__(**kwargs)
+        if isinstance(self.dtype_policy, keras.dtype_policies.QuantizedDTypePolicy):
+            raise ConfigError(
+                f"{self.name} got the dtype policy {self.dtype_policy.name!r}, of Keras's own "
+                "quantization, which Puna does not compute; expected one such as 'bfloat16' or "
+                "'mixed_bfloat16': give that, and call model.quantize"
+            )
         self.initializer_range = initializer_range
         self.scheme: Scheme | None = None  # to be set before `build` where it is known then
         self.weight: Any = None
@@ -52,7 +62,7 @@ class MatrixLayer(keras.layers.Layer):
 
     @property
     def quantization_mode(self) -> str | None:
-        """Keras's name of how the matrix is quantized: int8 or int4; None where it is not."""
+        """Keras's name of how the matrix is quantized, as int8; None where it is not."""
         return None if self.scheme is None else self.scheme.name
 
     def matrix(self, dtype: str | None = None) -> Tensor | Packed:
@@ -107,10 +117,10 @@ class MatrixLayer(keras.layers.Layer):
     def quantize(
         self, mode: str | None = None, type_check: bool = True, config: Any = None
     ) -> None:
-        """Replace the matrix by whole numbers and scales, which are not trained.
+        """Replace the matrix by small numbers and scales, which are not trained.
 
         Args:
-            mode: "int8" or "int4"; None where `config` is given.
+            mode: "int8", "int4" or "float8"; None where `config` is given.
             type_check: as Keras has it; there is nothing to check.
             config: the scheme, or Keras's config; None means that of the mode's name.
 
@@ -141,9 +151,45 @@ class MatrixLayer(keras.layers.Layer):
             )
             setattr(self, name, variable)
 
+    def save_own_variables(self, store: Any) -> None:
+        """As Keras saves them in a file of its own."""
+        super().save_own_variables(self._stored(store))
+
+    def load_own_variables(self, store: Any) -> None:
+        """The inverse of `save_own_variables`."""
+        super().load_own_variables(self._stored(store))
+
+    def _stored(self, store: Any) -> Any:
+        is_float = self.scheme is not None and self.scheme.kind == "float"
+        return _BitsStore(store) if is_float else store
+
+
+class _BitsStore:
+    """Keras's place for a layer's variables, whose files know no float8: its bits are in uint8."""
+
+    def __init__(self, store: Any):
+        self._store = store
+
+    def keys(self) -> Iterable[str]:
+        return self._store.keys()
+
+    def __setitem__(self, key: str, variable: Any) -> None:
+        is_float8 = variable.dtype == _FLOAT8.name
+        self._store[key] = backend.ops.to_numpy(variable).view(np.uint8) if is_float8 else variable
+
+    def __getitem__(self, key: str) -> Any:
+        array = self._store[key]
+        if array.dtype != np.uint8:
+            return array
+        return backend.ops.to_device(np.array(array).view(_FLOAT8))
+
+
+_FLOAT8 = numpy_dtype("float8_e4m3fn")
+
 
 def _constant(array: np.ndarray) -> Any:
-    return lambda shape, dtype=None: array
+    # Not NumPy's array, of which Keras on torch takes no float8.
+    return lambda shape, dtype=None: backend.ops.to_device(array)
 
 
 def with_own_quantize(layer: Any) -> Any:
@@ -160,7 +206,7 @@ def scheme_of(mode: str | None, config: Any, **changes: Any) -> Scheme:
     """The scheme that Keras's arguments of `quantize` ask for.
 
     Args:
-        mode: "int8" or "int4"; may be None where `config` is given.
+        mode: "int8", "int4" or "float8"; may be None where `config` is given.
         config: a scheme, or Keras's `Int8QuantizationConfig` or `Int4QuantizationConfig`, whose
             `block_size` is the group's. What it says of activations is not heeded: they stay as
             they are.
@@ -170,6 +216,12 @@ def scheme_of(mode: str | None, config: Any, **changes: Any) -> Scheme:
         ConfigError: there is no such scheme, or the two contradict each other.
     """
     scheme = config
+    if isinstance(config, QuantizationConfig) and config.mode == "float8":
+        raise ConfigError(
+            f"{type(config).__name__} asks for Keras's float8, which trains with scales of its "
+            "own for inputs and gradients and is not computed here; for weights stored in float8, "
+            "call quantize('float8') of Puna's model, or give Scheme.parse('float8') as config"
+        )
     if isinstance(config, QuantizationConfig) and config.mode in ("int8", "int4"):
         if config.weight_quantizer is not None:
             raise ConfigError(
@@ -182,8 +234,8 @@ def scheme_of(mode: str | None, config: Any, **changes: Any) -> Scheme:
         return Scheme.parse(mode, **changes)
     if not isinstance(scheme, Scheme) or mode not in (None, scheme.name):
         raise ConfigError(
-            f"quantize got mode={mode!r:.80} and config={config!r:.120}; expected 'int8' or "
-            "'int4', or a puna.quantization.scheme.Scheme as config"
+            f"quantize got mode={mode!r:.80} and config={config!r:.120}; expected 'int8', "
+            "'int4' or 'float8', or a puna.quantization.scheme.Scheme as config"
         )
     return Scheme.parse(scheme, **changes)
 
@@ -191,12 +243,15 @@ def scheme_of(mode: str | None, config: Any, **changes: Any) -> Scheme:
 def _noise(scheme: Scheme, spread: float) -> dict[str, Any]:
     """An initializer for each variable: numbers that are all equally likely."""
     deviation = (2**scheme.bits) / 12**0.5
-    # Keras's own generators make no whole numbers of 8 bits on every backend.
-    bits = {8: np.int8, 4: np.uint8}[scheme.bits]
+    if scheme.kind == "float":
+        deviation = float(_without_nan(np.arange(256)).view(_FLOAT8).astype(np.float32).std())
 
-    def numbers(shape: tuple[int, ...], dtype: Any = None) -> np.ndarray:
+    def numbers(shape: tuple[int, ...], dtype: Any = None) -> Any:
+        # Keras's own generators make no numbers of 8 bits on every backend.
         del dtype
-        return np.frombuffer(np.random.bytes(int(np.prod(shape))), bits).reshape(shape)
+        drawn = np.random.randint(0, 256, shape, np.uint8)
+        drawn = _without_nan(drawn) if scheme.kind == "float" else drawn
+        return backend.ops.to_device(drawn.view(numpy_dtype(scheme.number_dtype)))
 
     middle = 7.5 if scheme.bits == 4 else -0.5
     return {
@@ -205,3 +260,8 @@ def _noise(scheme: Scheme, spread: float) -> dict[str, Any]:
         SCALE: keras.initializers.Constant(spread / deviation),
         LOW: keras.initializers.Constant(-middle * spread / deviation),
     }
+
+
+def _without_nan(bits: np.ndarray) -> np.ndarray:
+    """Float8's bits, with zero for the two of 256 that are no number."""
+    return np.where(bits % 128 == 127, 0, bits).astype(np.uint8)

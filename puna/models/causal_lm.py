@@ -56,7 +56,7 @@ class CausalLM(keras.Model):
                 and float32 for quantized GGUF files. Quantized matrices stay as they are.
             revision: a branch, tag or commit of the Hub, where the address names none.
             adapter: the directory or address of a PEFT adapter, merged into the weights.
-            quantization: "int8", "int4", a `puna.quantization.scheme.Scheme`, or regular
+            quantization: "int8", "int4", "float8", a `puna.quantization.scheme.Scheme`, or regular
                 expressions for the names of matrices with a scheme each: the matrices are
                 quantized while they are read, one at a time. None leaves them as the checkpoint
                 has them: those in the compressed-tensors format, and in a GGUF file's Q8_0, Q4_0,

@@ -14,7 +14,7 @@ _UNSET: Any = object()
 
 
 class Quantizable:
-    """The part of a backbone or causal LM that turns its matrices into whole numbers and scales."""
+    """The part of a backbone or causal LM that turns its matrices into small numbers and scales."""
 
     def __new__(cls, *args, **kwargs):
         return with_own_quantize(super().__new__(cls, *args, **kwargs))
@@ -38,7 +38,7 @@ class Quantizable:
         overrides: Mapping[str, str | Scheme | None] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Replace matrices by whole numbers and scales: all linear layers, embedding and head.
+        """Replace matrices by small numbers and scales: all linear layers, embedding and head.
 
         Norms and biases stay. What is quantized is not trained any more; `from_preset` with
         `quantization` never holds the full-precision model. A tied embedding is one matrix, which
@@ -46,8 +46,10 @@ class Quantizable:
         it was, since it opens no packed one: `overrides={"embed_tokens": None}`.
 
         Args:
-            mode: "int8" (a scale for each row) or "int4" (for each 32 inputs of a row). None where
-                `config` or `overrides` alone say what to do.
+            mode: "int8" (a scale for each row), "int4" (for each 32 inputs of a row) or "float8"
+                (e4m3, a scale for each row). That is how weights are stored; Keras's own "float8",
+                which trains in it, is something else and refused. None where `config` or
+                `overrides` alone say what to do.
             config: a scheme instead of a mode, or Keras's `Int8QuantizationConfig` or
                 `Int4QuantizationConfig`.
             filters: only matrices are quantized in whose names, such as
@@ -83,7 +85,8 @@ class Quantizable:
         )
         if recipe.default is None and not recipe.overrides:
             raise ConfigError(
-                "quantize got neither a mode nor overrides; expected 'int8' or 'int4'"
+                "quantize got neither a mode nor overrides; expected 'int8', 'int4' or "
+                "'float8'"
             )
         matrices = self.matrices()
         schemes = recipe.schemes(matrices)

@@ -1,1 +1,1 @@
-"""Weights as whole numbers with scales: what schemes there are, and the rounding, in NumPy."""
+"""Weights as small numbers with scales: what schemes there are, and the rounding, in NumPy."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+import ml_dtypes
 import numpy as np
 
 from puna.quantization.scheme import Scheme
@@ -12,7 +13,7 @@ from puna.quantization.scheme import Scheme
 if TYPE_CHECKING:  # of a package that imports Keras
     from puna.backend.packed import Packed
 
-# The first two hold the numbers: two to a byte, or int8. The others hold scales and minima.
+# The first two hold the numbers: two to a byte, or int8 or float8. The others hold scales and minima.
 PACKED, WEIGHT, SCALE, LOW = "weight_packed", "weight", "weight_scale", "weight_low"
 
 
@@ -26,16 +27,17 @@ def variables(shape: tuple[int, int], scheme: Scheme) -> dict[str, tuple[tuple[i
     out, in_features = shape
     scales = (out, in_features // (scheme.group_size or in_features)), scheme.held_scale_dtype
     if scheme.bits == 4:
-        arrays: dict[str, Any] = {PACKED: ((out, -(-in_features // 2)), "uint8"), SCALE: scales}
+        numbers = {PACKED: ((out, -(-in_features // 2)), scheme.number_dtype)}
     else:
-        arrays = {WEIGHT: (shape, "int8"), SCALE: scales}
+        numbers = {WEIGHT: (shape, scheme.number_dtype)}
+    arrays: dict[str, Any] = {**numbers, SCALE: scales}
     return arrays if scheme.symmetric else arrays | {LOW: scales}
 
 
 def held_bytes(shape: tuple[int, int], scheme: Scheme) -> int:
     """Bytes of all arrays of a matrix; see `variables`."""
     return sum(
-        math.prod(sizes) * (2 if dtype == "bfloat16" else np.dtype(dtype).itemsize)
+        math.prod(sizes) * np.dtype(getattr(ml_dtypes, dtype, dtype)).itemsize
         for sizes, dtype in variables(shape, scheme).values()
     )
 

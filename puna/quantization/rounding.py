@@ -1,4 +1,4 @@
-"""From a matrix to whole numbers and scales, and back: NumPy alone, a few rows at a time.
+"""From a matrix to small numbers and scales, and back: NumPy alone, a few rows at a time.
 
 Scales are rounded to the dtype in which they are stored first, and the numbers by the scales so
 rounded: `dequantize` gives the same values as the file does.
@@ -23,6 +23,9 @@ _BLOCK = 1 << 17  # weights at a time: half a megabyte of float32, so that the c
 # so that the eight numbers below zero, of which there is one more, are on its side. The first is
 # Q4_0's choice; of all, the one of least squared error is taken.
 _EXTREMES_4_BIT = (-8.0, -8.6, -7.2)
+
+# float8's largest number; what is rounded beyond 464 is none.
+_MOST_FLOAT8 = np.float32(448)
 
 # For 4 bits with minima: by how much the range between minimum and maximum is narrowed.
 _NARROWED = (1.0, 0.93, 0.86)
@@ -66,10 +69,8 @@ def quantize(
     group = scheme.group_size or in_features
     stored = numpy_dtype(scheme.scale_dtype or "float32")
     held = numpy_dtype(scheme.held_scale_dtype)
-    if scheme.bits == 8:
-        data = aligned_empty((out, in_features), np.dtype(np.int8))
-    else:
-        data = aligned_empty((out, -(-in_features // 2)), np.dtype(np.uint8))
+    width = in_features if scheme.bits == 8 else -(-in_features // 2)
+    data = aligned_empty((out, width), numpy_dtype(scheme.number_dtype))
     scale = aligned_empty((out, in_features // group), held)
     low = None if scheme.symmetric else aligned_empty(scale.shape, held)
     rows = max(1, _BLOCK // in_features)
@@ -82,7 +83,7 @@ def quantize(
                 "the quantization, or fetch the checkpoint again"
             )
         with np.errstate(over="ignore"):  # errors of weights near float32's limit are infinite
-            rounded = _ROUNDING[scheme.bits, scheme.symmetric](
+            rounded = _ROUNDING[scheme.name, scheme.symmetric](
                 weights.reshape(len(weights), -1, group), stored
             )
         scale[block] = rounded.scale[..., 0]
@@ -113,7 +114,7 @@ def _dequantized(packed: Packed) -> np.ndarray:
 
 
 def unpacked(packed: Packed) -> np.ndarray:
-    """The whole numbers `(out, in)`: int8, or from 0 to 15 in uint8."""
+    """The numbers `(out, in)`: int8, float8, or from 0 to 15 in uint8."""
     if not packed.is_4_bit:
         return packed.data
     both = np.stack((packed.data & 15, packed.data >> 4), axis=-1)
@@ -121,8 +122,8 @@ def unpacked(packed: Packed) -> np.ndarray:
 
 
 def _store(q: np.ndarray, data: np.ndarray) -> None:
-    """Write whole numbers in float32 `[rows, in]` as int8, or two to a byte."""
-    if data.dtype == np.int8:
+    """Write numbers in float32 `[rows, in]` as int8 or float8, or two to a byte."""
+    if data.dtype != np.uint8:
         data[:] = q
         return
     small = q.astype(np.uint8)
@@ -133,6 +134,12 @@ def _store(q: np.ndarray, data: np.ndarray) -> None:
 def _symmetric_8(weights: np.ndarray, stored: np.dtype) -> _Rounded:
     scale = _rounded(np.abs(weights).max(axis=-1, keepdims=True) / np.float32(127), stored)
     return _Rounded(np.clip(np.rint(weights / scale), -127, 127), scale, 0.0)
+
+
+def _float_8(weights: np.ndarray, stored: np.dtype) -> _Rounded:
+    scale = _rounded(np.abs(weights).max(axis=-1, keepdims=True) / _MOST_FLOAT8, stored)
+    # `_store` rounds to float8. A scale that was rounded down leaves more than its largest number.
+    return _Rounded(np.clip(weights / scale, -_MOST_FLOAT8, _MOST_FLOAT8), scale, 0.0)
 
 
 def _symmetric_4(weights: np.ndarray, stored: np.dtype) -> _Rounded:
@@ -167,11 +174,12 @@ def _with_minima(bits: int) -> Callable[[np.ndarray, np.dtype], _Rounded]:
     return round_groups
 
 
-_ROUNDING: dict[tuple[int, bool], Callable[[np.ndarray, np.dtype], _Rounded]] = {
-    (8, True): _symmetric_8,
-    (4, True): _symmetric_4,
-    (8, False): _with_minima(8),
-    (4, False): _with_minima(4),
+_ROUNDING: dict[tuple[str, bool], Callable[[np.ndarray, np.dtype], _Rounded]] = {
+    ("int8", True): _symmetric_8,
+    ("int4", True): _symmetric_4,
+    ("int8", False): _with_minima(8),
+    ("int4", False): _with_minima(4),
+    ("float8", True): _float_8,
 }
 
 

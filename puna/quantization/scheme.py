@@ -17,7 +17,7 @@ SCALE_DTYPES = ("bfloat16", "float16", "float32")
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
-    """How a matrix `(out, in)` is stored: whole numbers, and a scale for each group of inputs.
+    """How a matrix `(out, in)` is stored: small numbers, and a scale for each group of inputs.
 
     A weight is `scale * q`, or `scale * (q - zero)` where the scheme is not symmetric; `zero` is a
     whole number of as many bits as `q`. With `free_minima` it is `scale * q + low`.
@@ -31,6 +31,8 @@ class Scheme:
             matrix's own half precision, and float32 for any other.
         free_minima: whether minima are any numbers of the scales' dtype, as GGUF files have them,
             and no whole multiples of scales. Matrices are read so, not rounded to it.
+        kind: what `q` is: "int", a whole number, or "float", one of float8's (e4m3, up to 448),
+            which are 8 bits, symmetric and per channel.
 
     Raises:
         ConfigError: a value is not one of these.
@@ -44,9 +46,11 @@ class Scheme:
     symmetric: bool = True
     scale_dtype: str | None = None
     free_minima: bool = False
+    kind: str = "int"
 
     def __post_init__(self):
         allowed: dict[str, tuple[Any, ...]] = {
+            "kind": ("int", "float"),
             "bits": (8, 4),
             "group_size": (None, *GROUP_SIZES),
             "symmetric": (True, False),
@@ -55,14 +59,17 @@ class Scheme:
         }
         if self.bits == 8 and self.symmetric is True:
             allowed["group_size"] += (SMALL_GROUP,)
+        if self.kind == "float":
+            allowed |= {"bits": (8,), "group_size": (None,), "symmetric": (True,)}
         for name, values in allowed.items():
             value = getattr(self, name)
             if not any(value is v or (type(value) is type(v) and value == v) for v in values):
-                raise ConfigError(f"a scheme's {name} is {value!r:.80}; expected one of {values}")
+                of = "a float8 scheme" if self.kind == "float" else "a scheme"
+                raise ConfigError(f"{of}'s {name} is {value!r:.80}; expected one of {values}")
 
     @classmethod
     def parse(cls, name: str | Scheme, **changes: Any) -> Scheme:
-        """The scheme of a name, "int8" (per channel) or "int4" (groups of 32).
+        """The scheme of a name: "int8", "float8" (both per channel) or "int4" (groups of 32).
 
         Args:
             name: the name; a scheme stands for itself.
@@ -81,8 +88,13 @@ class Scheme:
 
     @property
     def name(self) -> str:
-        """Keras's name of the mode: "int8" or "int4"."""
-        return f"int{self.bits}"
+        """Keras's name of the mode: "int8", "int4" or "float8"."""
+        return f"{self.kind}{self.bits}"
+
+    @property
+    def number_dtype(self) -> str:
+        """In which dtype the numbers are held: of 4 bits, two to a byte."""
+        return "float8_e4m3fn" if self.kind == "float" else "int8" if self.bits == 8 else "uint8"
 
     def fit(self, in_features: int, weight_dtype: str) -> Scheme:
         """The scheme for a matrix of so many inputs and a dtype: nothing in it is left open.
@@ -112,7 +124,11 @@ class Scheme:
         return dataclasses.asdict(self)
 
 
-_NAMED = {"int8": Scheme(bits=8), "int4": Scheme(bits=4, group_size=32)}
+_NAMED = {
+    "int8": Scheme(bits=8),
+    "int4": Scheme(bits=4, group_size=32),
+    "float8": Scheme(bits=8, kind="float"),
+}
 
 Filter = str | Sequence[str] | Callable[[Any], bool] | None
 

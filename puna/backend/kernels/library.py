@@ -20,6 +20,7 @@ VARIABLE = "PUNA_KERNELS"
 KINDS = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "uint8": 4}
 
 FLOATS = ("float32", "bfloat16", "float16")
+PACKED = ("int8", "uint8")  # of packed weights' numbers; no kernel takes float8
 
 # Up to so many tokens in all go through blocks in one call; `kFewRows` in `src/dispatch.h`.
 FEW_TOKENS = 8

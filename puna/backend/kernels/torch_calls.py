@@ -13,6 +13,7 @@ import torch
 from puna.backend.kernels.library import (
     FLOATS,
     KINDS,
+    PACKED,
     Attention,
     Block,
     Blocks,
@@ -27,6 +28,7 @@ from puna.errors import BackendError
 _KINDS = {getattr(torch, name): kind for name, kind in KINDS.items()}
 _POINTERS = [ctypes.c_void_p * count for count in range(9)]
 _FLOATS = tuple(getattr(torch, name) for name in FLOATS)
+_PACKED = tuple(getattr(torch, name) for name in PACKED)
 
 
 class _Prepared(NamedTuple):
@@ -72,7 +74,8 @@ def _kind(weight: torch.Tensor | Packed) -> tuple[torch.dtype, int, bool] | None
     if not all(a.is_cpu and a.is_contiguous() for a in _arrays(weight)):
         return None
     if isinstance(weight, Packed):
-        return weight.data.dtype, weight.group, weight.low is None
+        fits = weight.data.dtype in _PACKED
+        return (weight.data.dtype, weight.group, weight.low is None) if fits else None
     return (weight.dtype, 0, True) if weight.dtype in _FLOATS else None
 
 
