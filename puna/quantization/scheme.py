@@ -28,7 +28,8 @@ class Scheme:
             symmetric schemes of 8 bits it may be 16.
         symmetric: whether zero is in the middle; else each group has a minimum of its own.
         scale_dtype: in which scales are stored, "bfloat16", "float16" or "float32"; None means the
-            matrix's own half precision, and float32 for any other.
+            matrix's own half precision, and float32 for any other; for float8, whose scales are
+            too small for float16, bfloat16 or float32.
         free_minima: whether minima are any numbers of the scales' dtype, as GGUF files have them,
             and no whole multiples of scales. Matrices are read so, not rounded to it.
         kind: what `q` is: "int", a whole number, or "float", one of float8's (e4m3, up to 448),
@@ -105,7 +106,8 @@ class Scheme:
         sizes = [s for s in GROUP_SIZES if self.group_size and s <= self.group_size]
         sizes = [SMALL_GROUP] if self.group_size == SMALL_GROUP else sizes
         fitting = [s for s in sizes if in_features % s == 0]
-        own = weight_dtype if weight_dtype in SCALE_DTYPES else "float32"
+        suitable = SCALE_DTYPES if self.kind == "int" else ("bfloat16",)
+        own = weight_dtype if weight_dtype in suitable else "float32"
         return dataclasses.replace(
             self, group_size=max(fitting, default=None), scale_dtype=self.scale_dtype or own
         )

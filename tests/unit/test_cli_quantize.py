@@ -33,6 +33,7 @@ def puna(*arguments):
     [
         ((), Scheme(bits=4, group_size=32)),
         (("--scheme", "int8"), Scheme(bits=8)),
+        (("--scheme", "float8"), Scheme(bits=8, kind="float")),
         (("--group-size", "64", "--minima"), Scheme(bits=4, group_size=64, symmetric=False)),
         (("--group-size", "0"), Scheme(bits=4)),
     ],

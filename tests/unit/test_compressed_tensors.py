@@ -28,6 +28,8 @@ WAYS = {
     "int4 of 128": {"mode": "int4", "group_size": 128},  # which 64 and 96 inputs are made to fit
     "int4 minima": {"mode": "int4", "symmetric": False},
     "mixed": {"mode": "int4", "overrides": {"[qo]_proj": "int8", "up_proj|embed": None}},
+    "float8": {"mode": "float8"},
+    "float8 with others": {"mode": "float8", "overrides": {"mlp": "int4", "q_proj": None}},
     "float16 scales": {"config": Scheme(bits=4, group_size=32, scale_dtype="float16")},
 }
 each_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
@@ -45,16 +47,28 @@ def read_raw(path):
     raw = path.read_bytes()
     size = int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8 : 8 + size])
-    dtypes = {"I8": "i1", "I32": "<i4", "I64": "<i8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+    dtypes = {"I8": "i1", "I32": "<i4", "I64": "<i8", "F32": "<f4", "F16": "<f2", "BF16": "<u2",
+              "F8_E4M3": "u1"}  # fmt: skip
     tensors = {}
     for name, entry in header.items():
         if name != "__metadata__":
             start, end = entry["data_offsets"]
             found = np.frombuffer(raw[8 + size + start : 8 + size + end], dtypes[entry["dtype"]])
+            if entry["dtype"] == "F8_E4M3":
+                found = float8_of(found)
             if entry["dtype"] == "BF16":
                 found = (found.astype("<u4") << 16).view("<f4")
             tensors[name] = found.reshape(entry["shape"])
     return tensors
+
+
+def float8_of(bits):
+    """Numbers of a sign, 4 bits of exponent (of bias 7) and 3 of mantissa; no infinity."""
+    bits = bits.astype(int)
+    exponent, mantissa = bits >> 3 & 15, bits & 7
+    size = np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent - 10.0))
+    size[bits & 127 == 127] = np.nan
+    return np.where(bits & 128, -size, size)
 
 
 def unpack(words, count, axis=1):
@@ -78,7 +92,6 @@ def read_independently(directory):
             weights |= {f"{module}.{end}": tensor for end, tensor in mine.items()}
             continue
         arguments = scheme["weights"]
-        assert arguments["type"] == "int"
         scale = mine["weight_scale"].astype(np.float64)
         zero = np.zeros(scale.shape)
         if scheme["format"] == "pack-quantized":
@@ -87,8 +100,14 @@ def read_independently(directory):
             q = unpack(mine["weight_packed"], width)
             if not arguments["symmetric"]:
                 zero = unpack(mine["weight_zero_point"], out, axis=0)
+        elif arguments["type"] == "float":
+            assert (scheme["format"], arguments["num_bits"]) == ("float-quantized", 8)
+            assert arguments["symmetric"]
+            assert (arguments["strategy"], mine["weight"].dtype) == ("channel", np.float64)
+            q = mine["weight"]
         else:
-            assert (scheme["format"], arguments["num_bits"]) == ("int-quantized", 8)
+            assert (scheme["format"], arguments["type"]) == ("int-quantized", "int")
+            assert arguments["num_bits"] == 8
             q = mine["weight"].astype(int)
             if not arguments["symmetric"]:
                 zero = mine["weight_zero_point"]
@@ -259,6 +278,37 @@ def test_plain_int8_with_one_scale_is_read(tmp_path, bits, strategy):
     assert_dequantized(CausalLM.from_preset(tmp_path), expected)
 
 
+@pytest.mark.parametrize("strategy", ["tensor", "channel"])
+@pytest.mark.parametrize("form", ["float-quantized", "naive-quantized"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_float8_is_read(tmp_path, strategy, form, dynamic):
+    numbers, expected = np.random.default_rng(0), {}
+
+    def change(module, weight, tensors):
+        bits = numbers.integers(0, 256, weight.shape).astype(np.uint8)
+        bits[bits & 127 == 127] = 0
+        shape = (1,) if strategy == "tensor" else (len(weight), 1)
+        scale = numbers.uniform(0.01, 0.02, shape).astype(ml_dtypes.bfloat16)
+        tensors[f"{module}.weight"] = bits.view(ml_dtypes.float8_e4m3fn)
+        tensors[f"{module}.weight_scale"] = scale
+        if strategy == "tensor":  # some write it
+            tensors[f"{module}.weight_zero_point"] = np.zeros(shape, ml_dtypes.float8_e4m3fn)
+        expected[module] = float8_of(bits) * scale.astype(np.float64)
+
+    write_theirs(tmp_path, change)
+    weights = {"strategy": strategy, "symmetric": True, "type": "float", "num_bits": 8}
+    group = {"targets": ["Linear"], "weights": weights}
+    if dynamic:
+        inputs = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
+        group["input_activations"] = inputs
+    configure(tmp_path, {}, format=form, config_groups={"group_0": group})
+    model = CausalLM.from_preset(tmp_path)
+    assert_dequantized(model, expected)
+    assert {scheme.name for scheme in model.quantization().values()} == {"float8"}
+    plain = CausalLM.from_preset(tmp_path, quantization="none")
+    np.testing.assert_allclose(logits(plain), logits(model), rtol=1e-4, atol=1e-3)
+
+
 # What is refused
 
 
@@ -267,7 +317,14 @@ def test_plain_int8_with_one_scale_is_read(tmp_path, bits, strategy):
     ("weights", "others", "named"),
     [
         ({"num_bits": 3}, {}, "num_bits"),
-        ({"type": "float"}, {}, "float"),
+        ({"type": "float"}, {}, "pack-quantized"),
+        ({"type": "float", "num_bits": 4}, {"format": "float-quantized"}, "num_bits"),
+        ({"type": "float", "symmetric": False}, {"format": "float-quantized"}, "symmetric"),
+        ({"type": "float", "strategy": "group", "group_size": 32},
+         {"format": "float-quantized"}, "group"),
+        ({"type": "float", "strategy": "block", "block_structure": [128, 128]},
+         {"format": "float-quantized"}, "block"),
+        ({"type": "int"}, {"format": "float-quantized"}, "float-quantized"),
         ({"strategy": "block"}, {}, "block"),
         ({"strategy": "group", "group_size": 48}, {}, "48"),
         ({"actorder": "group"}, {}, "actorder"),
@@ -315,6 +372,24 @@ def test_tensors_that_do_not_fit_are_refused_by_name(tmp_path, symmetric, end, f
         assert_same(CausalLM.from_preset(tmp_path), model)  # the numbers are what counts
         return
     with pytest.raises(PresetError, match=re.escape(name.rsplit(".", 1)[0])):
+        CausalLM.from_preset(tmp_path)
+
+
+@pytest.mark.backend_free
+@pytest.mark.parametrize(
+    ("end", "dtype"),
+    [("weight", np.int8), ("weight", ml_dtypes.float8_e5m2), ("weight_scale", np.int32),
+     ("weight_zero_point", ml_dtypes.float8_e4m3fn)],
+)  # fmt: skip
+def test_float8_of_other_dtypes_or_zeros_is_refused(tmp_path, end, dtype):
+    model = tiny_model(**SHAPE)
+    model.quantize("float8")
+    model.save_to_preset(tmp_path)
+    tensors = {name: array(variable) for name, variable in model.tensors().items()}
+    shape = tensors[f"lm_head.{end}"].shape if f"lm_head.{end}" in tensors else (1,)
+    tensors[f"lm_head.{end}"] = np.ones(shape, dtype)
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(PresetError, match=f"lm_head.{end} is"):
         CausalLM.from_preset(tmp_path)
 
 

@@ -83,7 +83,7 @@ def test_what_was_compiled_follows_the_adapter_in_use():
     assert model.generate(TEXTS, **GREEDY) == base
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("scheme", ["int8", "int4", "float8"])
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
 def test_the_base_may_be_quantized(scheme, first):
     model = model_of()
@@ -119,7 +119,7 @@ def test_a_fit_changes_the_adapter_alone(kind, dtype):
     assert all(np.abs(array(v)).max() > 0 for v in model.trainable_variables)
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("scheme", ["int8", "int4", "float8"])
 @each_kind
 def test_a_quantized_base_trains_its_adapter(scheme, kind):
     model = model_of("bfloat16")

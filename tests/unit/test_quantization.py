@@ -23,8 +23,11 @@ SCHEMES = {
     "int4": Scheme(bits=4, group_size=32),
     "int4 rows": Scheme(bits=4),
     "int4 minima": Scheme(bits=4, group_size=32, symmetric=False),
+    "float8": Scheme(bits=8, kind="float"),
 }
+WHOLE = {name: scheme for name, scheme in SCHEMES.items() if scheme.kind == "int"}
 each_scheme = pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES.keys())
+each_whole_scheme = pytest.mark.parametrize("scheme", WHOLE.values(), ids=WHOLE.keys())
 
 
 def gaussian(shape, dtype="float32", seed=0):
@@ -61,7 +64,9 @@ def q4_0(matrix):
 def test_names_of_schemes():
     assert Scheme.parse("int8") == Scheme(bits=8)
     assert Scheme.parse("int4", symmetric=False).group_size == 32
-    with pytest.raises(ConfigError, match=r"'int3'.*int8, int4"):
+    assert Scheme.parse("float8") == Scheme(bits=8, kind="float")
+    assert [scheme.name for scheme in SCHEMES.values()][-2:] == ["int4", "float8"]
+    with pytest.raises(ConfigError, match=r"'int3'.*int8, int4, float8"):
         Scheme.parse("int3")
 
 
@@ -69,7 +74,9 @@ def test_names_of_schemes():
 @pytest.mark.parametrize(
     "fields",
     [{"bits": 3}, {"bits": True}, {"bits": 4, "group_size": 48}, {"bits": 4, "symmetric": 1},
-     {"bits": 8, "scale_dtype": "float64"}],
+     {"bits": 8, "scale_dtype": "float64"}, {"bits": 8, "kind": "uint"},
+     {"bits": 4, "kind": "float"}, {"bits": 8, "kind": "float", "group_size": 32},
+     {"bits": 8, "kind": "float", "symmetric": False}],
 )  # fmt: skip
 def test_a_scheme_takes_only_what_it_knows(fields):
     with pytest.raises(ConfigError, match="expected one of"):
@@ -104,7 +111,7 @@ def test_the_first_override_that_is_found_decides():
 
 
 @pytest.mark.backend_free
-@each_scheme
+@each_whole_scheme
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("shape", [(7, 96), (300, 33), (1, 1), (5, 4096)])
 def test_each_number_is_the_nearest_for_its_stored_scale(scheme, dtype, shape):
@@ -121,6 +128,51 @@ def test_each_number_is_the_nearest_for_its_stored_scale(scheme, dtype, shape):
     assert (error[inside] <= 0.5001 * step[inside]).all()
     # Narrowing a group's range costs its extremes more than half a step, but not two.
     assert (error <= 2 * step).all()
+
+
+def every_float8():
+    """The finite numbers of e4m3, by its definition: 4 bits of exponent, 3 of mantissa."""
+    whole = np.arange(8)
+    small = whole * 2.0**-9
+    others = [(1 + whole / 8) * 2.0 ** (exponent - 7) for exponent in range(1, 16)]
+    positive = np.concatenate([small, *others])[:-1]  # the last stands for no number
+    return np.unique(np.concatenate([-positive, positive]))
+
+
+@pytest.mark.backend_free
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("shape", [(7, 96), (300, 33), (1, 1), (5, 4096)])
+def test_float8_is_the_nearest_for_its_stored_scale(dtype, shape):
+    matrix = gaussian(shape, dtype)
+    packed = quantize(matrix, SCHEMES["float8"])
+    assert packed.data.dtype == ml_dtypes.float8_e4m3fn
+    assert packed.scale.dtype == ("float32" if dtype == "float16" else matrix.dtype)
+    assert packed.scale.shape == (shape[0], 1)
+    wide, scale = matrix.astype(np.float64), packed.scale.astype(np.float64)
+    largest, eps = np.abs(wide).max(axis=1, keepdims=True), ml_dtypes.finfo(packed.scale.dtype).eps
+    np.testing.assert_allclose(scale, largest / 448, rtol=eps)
+    held, numbers = packed.data.astype(np.float64), every_float8()
+    assert np.isin(held, numbers).all()
+    # No other number is nearer, but for what float32 rounds off.
+    least = np.concatenate(
+        [np.abs(wide[i : i + 1] / scale[i] - numbers[:, None]).min(axis=0) for i in range(shape[0])]
+    ).reshape(shape)
+    assert (np.abs(wide / scale - held) <= least + 1e-6 * np.abs(held)).all()
+    # Half a step of 3 bits: a sixteenth of the number, or half of the smallest number.
+    error = np.abs(dequantize(packed) - wide)
+    inside = np.abs(wide) <= 448 * scale
+    bound = np.maximum(np.abs(wide) / 16, scale * 2.0**-10) * (1 + 1e-6)
+    assert (error <= bound)[inside].all()
+    rounded = (matrix.astype(np.float32) / packed.scale.astype(np.float32)).clip(-448, 448)
+    np.testing.assert_array_equal(held, rounded.astype(ml_dtypes.float8_e4m3fn).astype(float))
+
+
+@pytest.mark.backend_free
+def test_float8_holds_its_own_numbers_exactly():
+    numbers = every_float8()
+    assert len(numbers) == 253
+    matrix = (numbers[None] * np.float32([[0.25], [3.0]])).astype(np.float32)
+    np.testing.assert_array_equal(dequantize(quantize(matrix, SCHEMES["float8"])), matrix)
 
 
 @pytest.mark.backend_free
@@ -154,6 +206,8 @@ def test_numbers_that_are_none_are_an_error(bad):
     matrix[2, 7] = bad
     with pytest.raises(ConfigError, match=r"model\.x holds NaN or infinite"):
         quantize(matrix, Scheme(bits=4), name="model.x")
+    with pytest.raises(ConfigError, match=r"model\.x holds NaN or infinite"):
+        quantize(matrix, SCHEMES["float8"], name="model.x")
     with pytest.raises(ConfigError, match=r"shape \(3,\)"):
         quantize(np.zeros(3), Scheme(bits=8))
 
@@ -198,8 +252,10 @@ def test_filters_widths_and_mistakes():
     model = tiny_model(**SHAPE)
     with pytest.raises(ConfigError, match="'int3'"):
         model.quantize("int3")
-    with pytest.raises(ConfigError, match="expected 'int8' or 'int4'"):
+    with pytest.raises(ConfigError, match="expected 'int8', 'int4' or 'float8'"):
         model.quantize()
+    with pytest.raises(ConfigError, match="a float8 scheme's group_size is 32"):
+        model.quantize("float8", group_size=32)
     with pytest.raises(TypeError, match="group"):
         model.quantize("int4", group=32)
     with pytest.raises(ConfigError, match="none of 16 names"):
@@ -231,6 +287,18 @@ def test_kerass_own_quantize_reaches_the_layers():
         layer.quantize("int8")
 
 
+def test_kerass_float8_training_is_refused():
+    model = tiny_model(**SHAPE)
+    config = keras.quantizers.Float8QuantizationConfig()
+    for call in (model.quantize, model.lm_head.quantize):
+        with pytest.raises(ConfigError, match="which trains with scales of its own"):
+            call("float8", config=config)
+    assert not model.quantization()
+    for policy in ("float8_from_mixed_bfloat16", "int8_from_float32"):
+        with pytest.raises(ConfigError, match=f"'{policy}', of Keras's own quantization"):
+            tiny_model(dtype=policy, **SHAPE)
+
+
 def test_a_weight_that_is_no_number_is_named():
     model = tiny_model(**SHAPE)
     model.backbone.transformer_layers[1].mlp.up_proj.weight.assign(np.full((96, 64), np.nan))
@@ -257,9 +325,12 @@ def test_loading_with_other_widths_and_without_weights(tmp_path):
     model.save_to_preset(tmp_path)
     loaded = CausalLM.from_preset(tmp_path, quantization={"mlp": "int4", "embed": "int8"})
     assert len(loaded.quantization()) == 7
-    empty = CausalLM.from_preset(tmp_path, load_weights=False, quantization="int4")
-    assert np.isfinite(logits(empty)).all()
-    assert logits(empty).std() > 0
+    for name in ("int4", "float8"):
+        empty = CausalLM.from_preset(tmp_path, load_weights=False, quantization=name)
+        assert np.isfinite(logits(empty)).all()
+        layer = empty.matrices()["model.layers.0.mlp.up_proj"]
+        spread = dequantize(packed_of(layer)).std()
+        assert spread == pytest.approx(layer.initializer_range, rel=0.1)
     with pytest.raises(ConfigError, match="'int5'"):
         CausalLM.from_preset(tmp_path, quantization="int5")
 
@@ -274,7 +345,8 @@ def test_a_checkpoint_with_numbers_that_are_none_is_refused(tmp_path):
 
 def test_a_keras_file_holds_it_too(tmp_path):
     model = tiny_model(dtype="bfloat16", **SHAPE)
-    model.quantize("int4", symmetric=False, overrides={"q_proj": "int8", "up_proj": None})
+    others = {"q_proj": "int8", "k_proj|embed": "float8", "up_proj": None}
+    model.quantize("int4", symmetric=False, overrides=others)
     model.save(tmp_path / "model.keras")
     loaded = puna.load_model(tmp_path / "model.keras")
     assert_same(loaded, model)
