@@ -203,6 +203,6 @@ def _refused(what: str) -> ConfigError:
     return ConfigError(
         f"config.json's {KEY} has {what}, which Puna does not compute; it reads whole numbers of 4 "
         f"or 8 bits as {PACK} or {INT}, per channel or in groups of "
-        f"{', '.join(map(str, GROUP_SIZES))}, and floats of 8 bits as {FLOAT}, per channel: fetch the full-precision checkpoint, and load it "
-        "with quantization="
+        f"{', '.join(map(str, GROUP_SIZES))}, and floats of 8 bits as {FLOAT}, per channel: "
+        "fetch the full-precision checkpoint, and load it with quantization="
     )

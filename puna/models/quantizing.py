@@ -85,8 +85,7 @@ class Quantizable:
         )
         if recipe.default is None and not recipe.overrides:
             raise ConfigError(
-                "quantize got neither a mode nor overrides; expected 'int8', 'int4' or "
-                "'float8'"
+                "quantize got neither a mode nor overrides; expected 'int8', 'int4' or 'float8'"
             )
         matrices = self.matrices()
         schemes = recipe.schemes(matrices)

@@ -13,7 +13,7 @@ from puna.quantization.scheme import Scheme
 if TYPE_CHECKING:  # of a package that imports Keras
     from puna.backend.packed import Packed
 
-# The first two hold the numbers: two to a byte, or int8 or float8. The others hold scales and minima.
+# The first two hold the numbers: two to a byte, or one. The others hold scales and minima.
 PACKED, WEIGHT, SCALE, LOW = "weight_packed", "weight", "weight_scale", "weight_low"
 
 

@@ -297,6 +297,13 @@ def test_kerass_float8_training_is_refused():
     for policy in ("float8_from_mixed_bfloat16", "int8_from_float32"):
         with pytest.raises(ConfigError, match=f"'{policy}', of Keras's own quantization"):
             tiny_model(dtype=policy, **SHAPE)
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("float8_from_mixed_bfloat16")
+    try:
+        with pytest.raises(ConfigError, match="of Keras's own quantization"):
+            Llama3Backbone(config=model.backbone.config)
+    finally:
+        keras.config.set_dtype_policy(before)
 
 
 def test_a_weight_that_is_no_number_is_named():
