@@ -15,6 +15,7 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers
 
 import puna.models as _models
+from puna.checkpoint.model_card import CARD, is_free
 from puna.config import LlamaConfig
 from puna.text.streaming import byte_alphabet
 from puna.text.tiktoken import LLAMA3_PATTERN
@@ -206,6 +207,8 @@ def write_tiny_preset(
     model.generation_config = dict(SAMPLING)
     path = Path(directory)
     model.save_to_preset(path, max_shard_size=max_shard_size)
-    # Publishers know nothing of our own file.
+    # Publishers know nothing of our own files.
     (path / "puna.json").unlink()
+    if is_free(path):
+        (path / CARD).unlink()
     return path

@@ -23,6 +23,7 @@ from puna.checkpoint.hub_errors import (
 )
 from puna.checkpoint.hub_files import WEIGHTS, needed
 from puna.checkpoint.hub_large import LARGE, fetch_large
+from puna.checkpoint.model_card import CARD
 from puna.errors import PresetError
 
 SCHEME = "hf://"
@@ -267,7 +268,9 @@ class _Wanted:
             self._record(commit)
         large = [name for name in chosen if (sizes[name] or 0) >= LARGE]
         fetch_large(self.repository, commit, large, self.retries)
-        path = self._fetch_snapshot(commit, chosen)
+        # Whoever saves what is made of the model needs its licence. A cache does without.
+        card = [CARD] if self.weights and (sizes.get(CARD) or LARGE) < LARGE else []
+        path = self._fetch_snapshot(commit, chosen + card)
         self._record(commit)
         return path
 

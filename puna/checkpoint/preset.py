@@ -12,6 +12,7 @@ import numpy as np
 
 from puna.checkpoint.gguf import GGUFSource
 from puna.checkpoint.json_file import read_json
+from puna.checkpoint.model_card import ModelCard, card_from_base
 from puna.checkpoint.peft import MergedSource, PeftAdapter
 from puna.checkpoint.readers import SETTINGS_FILE, GGUFReader, reader_of
 from puna.checkpoint.source import TensorSource
@@ -125,6 +126,11 @@ class Preset:
                 raise
         return merged
 
+    def card(self) -> ModelCard:
+        """What a model card can tell of what is made from this preset."""
+        adapters = tuple(_repository(path) or "" for path in self.adapters)
+        return card_from_base(_repository(self.path), self.path, adapters)
+
     def default_dtype(self, source: TensorSource | None) -> str:
         """The dtype to run in where none is asked for: the one that the checkpoint is in.
 
@@ -137,6 +143,19 @@ class Preset:
             dtype = "float32" if source is None else _widest(source)
         dtype = str(dtype).removeprefix("torch.")
         return _RUN_AS.get(dtype, dtype)
+
+
+def _repository(path: Path) -> str | None:
+    """The Hub's id of what lies in the cache of its client.
+
+    >>> _repository(Path("hub/models--org--name/snapshots/0a1b/model.gguf"))
+    'org/name'
+    """
+    parts = path.parts
+    for place, part in enumerate(parts[:-1]):
+        if part.startswith("models--") and parts[place + 1] == "snapshots":
+            return part.removeprefix("models--").replace("--", "/")
+    return None
 
 
 def _checked(settings: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import numpy as np
 from puna import backend
 from puna.backend.memory import numpy_dtype
 from puna.checkpoint import compressed_tensors, packed_files
+from puna.checkpoint.model_card import ModelCard, write_card
 from puna.checkpoint.packed_files import Matrix
 from puna.checkpoint.preset import SETTINGS_FILE
 from puna.checkpoint.safetensors import TensorSpec, write_sharded
@@ -52,6 +53,7 @@ def save_directory(
     tokenizer: Any | None,
     generation_config: Mapping[str, Any],
     settings: Mapping[str, Any],
+    card: ModelCard,
     quantized: Mapping[str, Matrix] | None = None,
     matrices: Collection[str] = (),
     merged: Mapping[str, Callable[[], np.ndarray]] | None = None,
@@ -62,7 +64,8 @@ def save_directory(
     Quantized matrices are written as compressed-tensors has them.
 
     The files are written beside and put in place together: a save that fails leaves what was there
-    as it was. A directory that exists keeps the files that are not of a checkpoint.
+    as it was. A directory that exists keeps the files that are not of a checkpoint, and a README.md
+    that is not ours.
 
     Args:
         directory: where to.
@@ -71,6 +74,7 @@ def save_directory(
         tokenizer: a `puna.text.tokenizer.Tokenizer`, or None.
         generation_config: what the checkpoint's own said; the stop ids are brought up to date.
         settings: what only Puna knows, for `puna.json`; no file where empty.
+        card: what the README.md shall tell.
         quantized: the matrices that are quantized, under names such as
             `model.layers.0.mlp.up_proj`.
         matrices: the names of all that could be.
@@ -87,6 +91,7 @@ def save_directory(
     dtypes = {variable._dtype for name, variable in tensors.items() if name not in owners}
     dtype = max(dtypes, key=lambda dtype: numpy_dtype(dtype).itemsize)
     stops = list(config.eos_token_ids) if tokenizer is None else list(tokenizer.stop_token_ids)
+    schemes = {name: matrix.scheme for name, matrix in quantized.items()}
     with replacement(directory) as work:
         write_sharded(work, specs, max_shard_size)
         if tokenizer is not None:
@@ -95,7 +100,6 @@ def save_directory(
         said = dataclasses.replace(config, dtype=None).to_hf()
         said |= {"dtype": dtype, "torch_dtype": dtype}
         if quantized:
-            schemes = {name: matrix.scheme for name, matrix in quantized.items()}
             said[compressed_tensors.KEY] = compressed_tensors.to_config(schemes, matrices)
         _write_json(work / "config.json", said)
         _write_json(
@@ -103,6 +107,7 @@ def save_directory(
         )
         if settings:
             _write_json(work / SETTINGS_FILE, dict(settings))
+        write_card(work, card.of_files(tokenizer, schemes), directory.expanduser())
 
 
 def _specs(

@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from puna.checkpoint import compressed_tensors, hub
+from puna.checkpoint.model_card import write_card
 from puna.checkpoint.preset import SETTINGS_FILE, Preset
 from puna.checkpoint.safetensors import TensorSpec, write_sharded
 from puna.checkpoint.source import TensorSource
@@ -108,6 +109,7 @@ def write_hf(
             _write_json(work / "generation_config.json", _generation(opened, config, tokenizer))
             if opened.settings:
                 _write_json(work / SETTINGS_FILE, opened.settings)
+            write_card(work, opened.card().of_files(tokenizer, schemes), directory)
             weights = [file for file in files if file.suffix == ".safetensors"]
             return len(weights), sum(file.stat().st_size for file in weights)
     finally:

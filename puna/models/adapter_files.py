@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from puna.checkpoint import hub
+from puna.checkpoint.model_card import write_card
 from puna.checkpoint.peft import PeftAdapter
 from puna.checkpoint.peft_save import write_adapter
 from puna.checkpoint.save import replacement
@@ -104,8 +106,11 @@ def save_adapter_preset(model: Llama3CausalLM, directory: str | os.PathLike[str]
     """Write the adapter in use with the tokenizer, in the place of what was saved there before."""
     with replacement(Path(directory)) as work:
         save_adapter(model, work, None, None)
-        if model.preprocessor is not None:
-            model.preprocessor.tokenizer.save(work)
+        tokenizer = None if model.preprocessor is None else model.preprocessor.tokenizer
+        if tokenizer is not None:
+            tokenizer.save(work)
+        card = dataclasses.replace(model.card.of_files(tokenizer, {}), kind="adapter")
+        write_card(work, card, Path(directory).expanduser())
 
 
 def merged_tensors(

@@ -10,6 +10,7 @@ from keras import ops
 
 from puna import samplers
 from puna.backend.protocol import Tensor
+from puna.checkpoint.model_card import ModelCard
 from puna.checkpoint.variable_names import is_of_adapter, tensor_name
 from puna.config import LlamaConfig
 from puna.decoding.loop import Decoder
@@ -90,7 +91,7 @@ class Llama3CausalLM(Trainable, Generating, ResizableVocabulary, Adaptable, Quan
         preprocessor: turns strings into arrays; None leaves arrays to the caller.
         name: the model's name.
         generation_config: the contents of the checkpoint's `generation_config.json`, kept for
-            `save_to_preset`.
+            `save_to_preset`. So is the attribute `card`, a `puna.checkpoint.model_card.ModelCard`.
         head_scheme: how the head is quantized, where it has a matrix of its own.
         head_adapters: what `get_config` says of LoRA adapters of the head.
     """
@@ -112,6 +113,7 @@ class Llama3CausalLM(Trainable, Generating, ResizableVocabulary, Adaptable, Quan
         self.preprocessor = preprocessor
         self.sampler: samplers.Sampler = samplers.TopKSampler(k=5)
         self.generation_config: dict[str, Any] = dict(generation_config or {})
+        self.card = ModelCard()
         self.lm_head = None
         if not self.config.tie_word_embeddings:
             self.lm_head = Linear(

@@ -128,7 +128,7 @@ def load_causal_lm(
             reading = pool.submit(preprocessor_of, Llama3CausalLMPreprocessor, opened, {})
         model = _load(make, opened, load_weights, dtype, form, has_head=True)
         model.preset = model.backbone.preset = _address(preset, revision, opened)
-        model.generation_config = opened.generation_config
+        model.generation_config, model.card = opened.generation_config, opened.card()
         model.preprocessor = reading.result() if reading is not None else preprocessor
     if model.preprocessor is not None:
         _check_vocabulary(model.preprocessor, model.config, opened.path)
@@ -237,6 +237,7 @@ def save_causal_lm(
         tokenizer=None if preprocessor is None else preprocessor.tokenizer,
         generation_config=model.generation_config,
         settings=settings,
+        card=model.card,
         quantized=matrices_of(model),
         matrices=model.matrices(),
         merged=merged,

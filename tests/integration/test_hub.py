@@ -82,7 +82,7 @@ print(json.dumps({
     )
     expected = {"same": True, "dtype": "float32", "stops": [300, 304, 305], "text": "Hello"}
     assert result == expected
-    assert set(hub.downloads) == SMALL | {"model.safetensors"}
+    assert set(hub.downloads) == SMALL | {"model.safetensors", "README.md"}
     assert set(hub.downloads.values()) == {1}
 
 
@@ -103,7 +103,7 @@ def test_a_tokenizer_alone_fetches_no_weights_and_its_model_fetches_the_rest(hub
     assert set(hub.downloads) == SMALL
     hub.forget()
     assert locate(hub, tmp_path).status == 0
-    assert set(hub.downloads) == {"model.safetensors"}
+    assert set(hub.downloads) == {"model.safetensors", "README.md"}
 
 
 @pytest.mark.backend_free

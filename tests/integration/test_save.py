@@ -126,7 +126,7 @@ def test_a_model_without_a_tokenizer_is_saved_without_one(tmp_path):
     model = tiny_model()
     model.preprocessor = None
     model.save_to_preset(tmp_path / "bare")
-    names = {"config.json", "generation_config.json", "model.safetensors"}
+    names = {"config.json", "generation_config.json", "model.safetensors", "README.md"}
     assert set(contents(tmp_path / "bare")) == names
     again = CausalLM.from_preset(tmp_path / "bare", preprocessor=None)
     assert_same_weights(again, model)
