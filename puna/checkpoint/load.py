@@ -14,11 +14,10 @@ import numpy as np
 from puna import backend
 from puna.backend import build
 from puna.backend.memory import numpy_dtype
+from puna.checkpoint.expected import EMBEDDING, HEAD, check_tied, some
 from puna.checkpoint.source import TensorSource
 from puna.checkpoint.variable_names import NO_PARAMETERS
 from puna.errors import PresetError
-
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 # Tensors converted ahead of the one being placed: enough to keep both busy, few enough that their
 # memory does not show.
@@ -63,16 +62,14 @@ def _check(
 ) -> None:
     names = set(source.names())
     if missing := [name for name in variables if stored[name] not in names]:
-        raise PresetError(
-            f"the checkpoint lacks {_some(missing)}; expected {len(variables)} in all"
-        )
+        raise PresetError(f"the checkpoint lacks {some(missing)}; expected {len(variables)} in all")
     wrong = [
         f"{name} {source.info(stored[name]).shape} instead of {tuple(variable.shape)}"
         for name, variable in variables.items()
         if source.info(stored[name]).shape != tuple(variable.shape)
     ]
     if wrong:
-        raise PresetError(f"config.json and the checkpoint differ in the shape of {_some(wrong)}")
+        raise PresetError(f"config.json and the checkpoint differ in the shape of {some(wrong)}")
     left = sorted(names - set(stored.values()))
     left = [n for n in left if not any(fnmatch.fnmatch(n, pattern) for pattern in NO_PARAMETERS)]
     if not has_head:
@@ -81,24 +78,7 @@ def _check(
         check_tied(source, stored[EMBEDDING])
         left.remove(HEAD)
     if left:
-        raise PresetError(f"the checkpoint holds tensors that a Llama does not: {_some(left)}")
-
-
-def check_tied(source: TensorSource, embedding_name: str = EMBEDDING) -> None:
-    """Refuse a head that the configuration says is the embedding, and is not.
-
-    Raises:
-        PresetError: they differ.
-    """
-    head, embedding = source.read(HEAD), source.read(embedding_name)
-    equal = head.shape == embedding.shape and head.dtype == embedding.dtype
-    equal = equal and np.array_equal(head.view(np.uint8), embedding.view(np.uint8))
-    source.release(HEAD)
-    if not equal:
-        raise PresetError(
-            f"config.json says tie_word_embeddings, but {HEAD} differs from {EMBEDDING}; "
-            "set tie_word_embeddings to false there if the head is its own"
-        )
+        raise PresetError(f"the checkpoint holds tensors that a Llama does not: {some(left)}")
 
 
 def _prepared(
@@ -123,8 +103,3 @@ def _prepared(
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
-
-
-def _some(names: list[str], most: int = 4) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

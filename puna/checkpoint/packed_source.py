@@ -12,7 +12,7 @@ from puna.backend.memory import numpy_dtype
 from puna.backend.packed import Packed
 from puna.checkpoint import packed_files
 from puna.checkpoint.compressed_tensors import Layout
-from puna.checkpoint.load import EMBEDDING, HEAD, check_tied
+from puna.checkpoint.expected import EMBEDDING, HEAD, check_tied
 from puna.checkpoint.packed_files import Matrix
 from puna.checkpoint.source import TensorInfo, TensorSource
 from puna.errors import ConfigError, PresetError

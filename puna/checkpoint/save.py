@@ -20,29 +20,13 @@ from puna.checkpoint import compressed_tensors, packed_files
 from puna.checkpoint.model_card import ModelCard, write_card
 from puna.checkpoint.packed_files import Matrix
 from puna.checkpoint.preset import SETTINGS_FILE
+from puna.checkpoint.preset_files import CHECKPOINT, matches
 from puna.checkpoint.safetensors import TensorSpec, write_sharded
 from puna.config import LlamaConfig
 from puna.errors import PresetError
 from puna.quantization.arrays import variables
 
 MAX_SHARD_SIZE = 5_000_000_000  # bytes, as transformers has it
-
-# What a save writes. Other files of an existing directory, such as a README, are kept.
-_OURS = (
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "model-*-of-*.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "additional_chat_templates",
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    SETTINGS_FILE,
-)
 
 
 def save_directory(
@@ -186,7 +170,7 @@ def _swap(work: Path, directory: Path) -> None:
         work.rename(directory)
         return
     for entry in directory.iterdir():
-        if not any(entry.match(pattern) for pattern in _OURS) and not (work / entry.name).exists():
+        if not matches(entry.name, CHECKPOINT) and not (work / entry.name).exists():
             if entry.is_dir() and not entry.is_symlink():
                 shutil.copytree(entry, work / entry.name, symlinks=True)
             else:

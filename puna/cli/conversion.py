@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import functools
 import json
 import math
@@ -17,19 +16,17 @@ import ml_dtypes
 import numpy as np
 
 from puna.checkpoint import compressed_tensors, hub
+from puna.checkpoint.expected import expected_shapes, stored_names
 from puna.checkpoint.model_card import write_card
 from puna.checkpoint.preset import SETTINGS_FILE, Preset
 from puna.checkpoint.safetensors import TensorSpec, write_sharded
 from puna.checkpoint.source import TensorSource
-from puna.checkpoint.variable_names import NO_PARAMETERS
 from puna.cli import terminal
 from puna.cli.opened import tokenizer_of
 from puna.config import LlamaConfig
 from puna.errors import ConfigError, PresetError, TokenizerError
 from puna.quantization.scheme import Recipe, Scheme
 from puna.text.tokenizer import Tokenizer
-
-_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def convert_preset(
@@ -80,7 +77,7 @@ def write_hf(
     try:
         dtype = dtype or opened.default_dtype(source)
         target = np.dtype(getattr(ml_dtypes, dtype, dtype))
-        stored = _stored_names(config, source)
+        stored = stored_names(config, source)
         tokenizer = _tokenizer(opened)
         stream = _Stream(source, target)
         names = [n.removesuffix(".weight") for n, s in expected_shapes(config).items() if s[1:]]
@@ -116,72 +113,9 @@ def write_hf(
         source.close()
 
 
-def expected_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """The tensors of a Llama of this shape, in the order in which the model uses them."""
-    D, F, V = config.hidden_size, config.intermediate_size, config.vocab_size
-    Q, KV = config.num_attention_heads * config.head_size, config.num_kv_heads * config.head_size
-    attention = {"q_proj": (Q, D), "k_proj": (KV, D), "v_proj": (KV, D), "o_proj": (D, Q)}
-    mlp = {"gate_proj": (F, D), "up_proj": (F, D), "down_proj": (D, F)}
-    shapes: dict[str, tuple[int, ...]] = {_EMBEDDING: (V, D)}
-    for i in range(config.num_hidden_layers):
-        layer = f"model.layers.{i}"
-        shapes[f"{layer}.input_layernorm.weight"] = (D,)
-        for part, matrices, biased in (
-            ("self_attn", attention, config.attention_bias),
-            ("mlp", mlp, config.mlp_bias),
-        ):
-            for name, shape in matrices.items():
-                shapes[f"{layer}.{part}.{name}.weight"] = shape
-                if biased:
-                    shapes[f"{layer}.{part}.{name}.bias"] = shape[:1]
-            if part == "self_attn":
-                shapes[f"{layer}.post_attention_layernorm.weight"] = (D,)
-    shapes["model.norm.weight"] = (D,)
-    if not config.tie_word_embeddings:
-        shapes[_HEAD] = (V, D)
-    return shapes
-
-
 def parameter_count(config: LlamaConfig) -> int:
     """How many parameters a Llama of this shape has, however they are stored."""
     return sum(math.prod(shape) for shape in expected_shapes(config).values())
-
-
-def _stored_names(config: LlamaConfig, source: TensorSource) -> dict[str, str]:
-    """Each expected tensor's name to the file's; every tensor of the file is accounted for."""
-    names = set(source.names())
-    bare = not any(name.startswith("model.") for name in names)  # a backbone's file
-    shapes = expected_shapes(config)
-    stored = {name: name.removeprefix("model.") if bare else name for name in shapes}
-    if missing := [name for name, theirs in stored.items() if theirs not in names]:
-        raise PresetError(f"the checkpoint lacks {_some(missing)}; expected {len(shapes)} in all")
-    for name, theirs in stored.items():
-        if (shape := source.info(theirs).shape) != shapes[name]:
-            raise PresetError(
-                f"{name} has shape {shape}, and config.json asks for {shapes[name]}; the files are "
-                "of different checkpoints: fetch them together again"
-            )
-    left = sorted(names - set(stored.values()))
-    left = [n for n in left if not any(fnmatch.fnmatch(n, pattern) for pattern in NO_PARAMETERS)]
-    if _HEAD in left and config.tie_word_embeddings:
-        _check_tied(source, stored[_EMBEDDING])
-        left.remove(_HEAD)
-    if left:
-        raise PresetError(f"the checkpoint holds tensors that a Llama does not: {_some(left)}")
-    return stored
-
-
-def _check_tied(source: TensorSource, embedding: str) -> None:
-    head, table = source.read(_HEAD), source.read(embedding)
-    same = head.dtype == table.dtype and np.array_equal(head.view(np.uint8), table.view(np.uint8))
-    del head, table
-    source.release(_HEAD)
-    source.release(embedding)
-    if not same:
-        raise PresetError(
-            f"config.json says tie_word_embeddings, but {_HEAD} differs from {_EMBEDDING}; set it "
-            "to false there if the head is its own"
-        )
 
 
 class _Stream:
@@ -289,8 +223,3 @@ def _appearing(directory: Path) -> Iterator[Path]:
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _some(names: list[str], most: int = 4) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

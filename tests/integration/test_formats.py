@@ -318,7 +318,7 @@ def test_a_keras_hub_repository_is_fetched_and_nothing_else(hub, tmp_path):
 def test_metas_own_repository_is_fetched(hub, tmp_path):
     vocabulary, files = loaded(hub, tmp_path, "hf://org/meta")
     assert vocabulary == V
-    assert files == {"params.json", "consolidated.00.pth", "tokenizer.model"}
+    assert files == {"params.json", "consolidated.00.pth", "tokenizer.model", "README.md"}
 
 
 def test_an_adapter_fetches_its_base_and_of_each_only_what_is_needed(hub, tmp_path):
