@@ -1,4 +1,6 @@
-"""A Hugging Face Hub on loopback, for the real `huggingface_hub` client: what downloads need of it.
+"""A Hugging Face Hub on loopback, for the real `huggingface_hub` client.
+
+Here is what downloads need of it; `tests.hub_uploads` has what uploads need.
 
     with HubServer() as hub:
         hub.add("org/name", directory)
@@ -13,8 +15,6 @@ The client reads `HF_ENDPOINT` when it is imported, so clients run in processes 
 from __future__ import annotations
 
 import contextlib
-import functools
-import hashlib
 import json
 import os
 import threading
@@ -26,11 +26,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Literal
 
-from tests.hub_faults import Fault, cut
-
-# The Hub keeps files of at least this size, and all weights, in its large-file storage.
-LFS_SIZE = 10_000_000
-LFS_SUFFIXES = (".safetensors", ".gguf", ".pth", ".bin", ".onnx", ".h5")
+from tests.hub_faults import Fault, Refusal, cut, read_body
+from tests.hub_files import commit_of, files_of, sibling, tree_entry
+from tests.hub_uploads import Uploads
 
 SIGNATURE = "s1gn4ture"
 STORAGE = "/storage"  # how the paths begin at the server of large files
@@ -60,17 +58,9 @@ class Repository:
         if directory is None:
             found = self.commits.get(revision)
             return None if found is None else (revision, found)
-        commit = _commit(directory)
+        commit = commit_of(directory)
         self.commits[commit] = directory
         return commit, directory
-
-
-class Refusal(Exception):
-    """An answer that is an error."""
-
-    def __init__(self, status: int, code: str = "", message: str = ""):
-        super().__init__(message)
-        self.status, self.code, self.message = status, code, message
 
 
 class HubServer:
@@ -85,6 +75,7 @@ class HubServer:
         downloads: how often the content of each file was asked for, by its path in its repository.
         sent: how many bytes of each file went out.
         tokens: the tokens that came with a question, by the path of the question.
+        users: whose each token is; its owner may make repositories and write to them.
     """
 
     def __init__(self, *, has_storage: bool = False):
@@ -94,6 +85,8 @@ class HubServer:
         self.sent: Counter[str] = Counter()
         self.tokens: dict[str, set[str | None]] = {}
         self.faults: list[Fault] = []
+        self.users: dict[str, str] = {}
+        self.uploads = Uploads(self)
         self.lock = threading.Lock()
         handler = type("Handler", (_Handler,), {"hub": self})
         self._servers = [
@@ -164,6 +157,7 @@ class HubServer:
         for server in self._servers:
             server.shutdown()
             server.server_close()
+        self.uploads.close()
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -179,6 +173,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer()
 
+    do_POST = do_PUT = do_DELETE = do_GET
+
     def _answer(self) -> None:
         with contextlib.suppress(ConnectionError):  # a client that was ended is no fault of ours
             self._answer_or_refuse()
@@ -192,12 +188,15 @@ class _Handler(BaseHTTPRequestHandler):
             self.fault = next(takes, None)
         self.is_storage = path.startswith(f"{STORAGE}/")
         path = path.removeprefix(STORAGE)
+        self.body = read_body(self, self.fault)
         try:
             if self.fault is not None and (status := self.fault.begin()) is not None:
                 raise Refusal(status, self.fault.code, self.fault.message)
             # A revision may hold an escaped "/", so the parts are unescaped after they are split.
             parts = [urllib.parse.unquote(part) for part in path.strip("/").split("/")]
-            if parts[:2] == ["api", "models"] and len(parts) >= 4:
+            if self.command not in ("GET", "HEAD"):
+                self.hub.uploads.answer(self, parts)
+            elif parts[:2] == ["api", "models"] and len(parts) >= 4:
                 self._api("/".join(parts[2:4]), parts[4:])
             elif len(parts) >= 5 and parts[2] == "resolve":
                 self._file("/".join(parts[:2]), parts[3], "/".join(parts[4:]))
@@ -213,9 +212,9 @@ class _Handler(BaseHTTPRequestHandler):
         repository = self._repository(name)
         kind, revision = (rest[0], rest[1]) if len(rest) >= 2 else ("revision", "main")
         commit, directory = self._revision(repository, revision)
-        files = _files(directory)
+        files = files_of(directory)
         if kind == "tree":
-            self._json([_tree_entry(file, path) for file, path in files.items()])
+            self._json([tree_entry(file, path) for file, path in files.items()])
         elif kind == "revision":
             self._json(
                 {
@@ -226,7 +225,7 @@ class _Handler(BaseHTTPRequestHandler):
                     "gated": "manual" if repository.access == "gated" else False,
                     "siblings": [
                         {"rfilename": file, "size": size, "blobId": oid, **more}
-                        for file, size, oid, more in map(_sibling, files.items())
+                        for file, size, oid, more in map(sibling, files.items())
                     ],
                     "tags": [],
                 }
@@ -242,12 +241,12 @@ class _Handler(BaseHTTPRequestHandler):
             status = 401 if self._token() is None else 403
             raise Refusal(status, "GatedRepo", f"Access to model {name} is restricted.")
         commit, directory = self._revision(repository, revision)
-        path = _files(directory).get(file)
+        path = files_of(directory).get(file)
         if path is None:
             raise Refusal(404, "EntryNotFound", "Entry not found")
         size = path.stat().st_size
         start, end = self._range(size)
-        entry = _tree_entry(file, path)
+        entry = tree_entry(file, path)
         headers = {"X-Repo-Commit": commit, "ETag": f'"{entry["oid"]}"', "Accept-Ranges": "bytes"}
         if "lfs" in entry:
             headers |= {"X-Linked-Etag": f'"{entry["lfs"]["oid"]}"', "X-Linked-Size": str(size)}
@@ -273,6 +272,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.is_storage and repository is not None:
             return repository  # its addresses are signed
         known = {token for repo in self.hub.repositories.values() for token in repo.tokens}
+        known |= set(self.hub.users)
         if token is not None and token not in known:
             raise Refusal(401, "", "Invalid credentials in Authorization header")
         hidden = repository is not None and repository.access == "private"
@@ -302,8 +302,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _json(self, value: object) -> None:
         body = json.dumps(value).encode()
+        if self.fault is not None and self.fault.is_answer_lost:
+            cut(self, self.fault)
+            return
         self._head(200, {"Content-Type": "application/json", "Content-Length": str(len(body))})
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(body)
 
     def _send(
@@ -333,7 +336,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.fault is not None:
             headers |= self.fault.headers
         self._head(refusal.status, headers)
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(body)
 
     def _head(self, status: int, headers: Mapping[str, str]) -> None:
@@ -346,43 +349,3 @@ class _Handler(BaseHTTPRequestHandler):
 def _url(server: ThreadingHTTPServer) -> str:
     host, port = server.server_address[:2]
     return f"http://{host!s}:{port}"
-
-
-def _files(directory: Path) -> dict[str, Path]:
-    """The files of a directory by their paths in it."""
-    found = sorted(path for path in directory.rglob("*") if path.is_file())
-    return {path.relative_to(directory).as_posix(): path for path in found}
-
-
-def _tree_entry(file: str, path: Path) -> dict:
-    """A file as `/tree` lists it."""
-    size = path.stat().st_size
-    entry = {"type": "file", "path": file, "size": size, "oid": _digest(path, "sha1")}
-    if size >= LFS_SIZE or file.endswith(LFS_SUFFIXES):
-        entry["lfs"] = {"oid": _digest(path, "sha256"), "size": size, "pointerSize": 134}
-    return entry
-
-
-def _sibling(item: tuple[str, Path]) -> tuple[str, int, str, dict]:
-    """A file as `?blobs=True` lists it: its name, size and id, and where it is large its digest."""
-    entry = _tree_entry(*item)
-    lfs = entry.get("lfs")
-    more = {"lfs": {"sha256": lfs["oid"], "size": lfs["size"], "pointerSize": 134}} if lfs else {}
-    return item[0], entry["size"], entry["oid"], more
-
-
-def _commit(directory: Path) -> str:
-    """An id like a commit's, made from all that the directory holds."""
-    state = "\n".join(f"{name} {_digest(path, 'sha1')}" for name, path in _files(directory).items())
-    return hashlib.sha1(state.encode()).hexdigest()
-
-
-def _digest(path: Path, algorithm: str) -> str:
-    return _digest_of(path, algorithm, path.stat().st_mtime_ns)
-
-
-@functools.lru_cache
-def _digest_of(path: Path, algorithm: str, changed: int) -> str:
-    del changed  # a file that was written since has another digest
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, algorithm).hexdigest()
