@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from puna import models, samplers, tuning
     from puna.chat import ChatState
+    from puna.checkpoint.upload import upload_preset
     from puna.config import LlamaConfig
     from puna.models import load_model
 
@@ -26,9 +27,19 @@ _PUBLIC = {
     "models": "puna.models",
     "samplers": "puna.samplers",
     "tuning": "puna.tuning",
+    "upload_preset": "puna.checkpoint.upload",
 }
 
-__all__ = ["ChatState", "LlamaConfig", "__version__", "load_model", "models", "samplers", "tuning"]
+__all__ = [
+    "ChatState",
+    "LlamaConfig",
+    "__version__",
+    "load_model",
+    "models",
+    "samplers",
+    "tuning",
+    "upload_preset",
+]
 
 
 def __getattr__(name: str) -> Any:

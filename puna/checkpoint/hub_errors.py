@@ -71,11 +71,12 @@ class Retries:
     """When something is tried again, and who has been told of it.
 
     Args:
-        what: what is fetched, for the one line that tells.
+        what: what is fetched or sent, for the one line that tells.
+        doing: what the Hub does with it.
     """
 
-    def __init__(self, what: str):
-        self.what = what
+    def __init__(self, what: str, doing: str = "giving"):
+        self.what, self.doing = what, doing
         self.stop = threading.Event()
         self._is_told, self._lock = False, threading.Lock()
 
@@ -102,7 +103,7 @@ class Retries:
                 return
             self._is_told = True
         soon = f"in {seconds:.0f} s, as it asks" if seconds else "shortly"
-        text = f"the Hub has trouble giving {self.what} ({reason}); it is tried again {soon}"
+        text = f"the Hub has trouble {self.doing} {self.what} ({reason}); it is tried again {soon}"
         warnings.warn(text, UserWarning, stacklevel=3)
 
 
@@ -159,7 +160,7 @@ def explained(
     except PresetError:
         raise
     except HFValidationError as error:
-        raise PresetError(f"{where} is no name that the Hub allows: {_line(error)}") from error
+        raise PresetError(f"{where} is no name that the Hub allows: {line_of(error)}") from error
     except Exception as raised:
         error: BaseException = raised
         if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
@@ -234,9 +235,7 @@ def _of_answer(
 
 def _of_transport(error: BaseException, where: str, lacking: object) -> str | None:
     """What a connection that failed means."""
-    from huggingface_hub import constants
-
-    hub = urllib.parse.urlsplit(constants.ENDPOINT).netloc.rpartition("@")[2]
+    hub = host()
     besides = "" if lacking is None else f", and {lacking}"
     if isinstance(error, NotAHubError) or type(error).__name__ == "FileMetadataError":
         return (
@@ -247,12 +246,12 @@ def _of_transport(error: BaseException, where: str, lacking: object) -> str | No
         return None
     name = type(error).__name__
     if "Connect" in name or "Proxy" in name or ("Protocol" in name and "Unsupported" in name):
-        return f"the Hub ({hub}) cannot be reached ({_line(error)}){besides}"
+        return f"the Hub ({hub}) cannot be reached ({line_of(error)}){besides}"
     if "Timeout" in name:
         return f"the Hub ({hub}) does not answer{besides}"
     return (
         f"the connection to the Hub ({hub}) broke again and again while {where} was fetched "
-        f"({_line(error)}); run it again: what has come is kept"
+        f"({line_of(error)}); run it again: what has come is kept"
     )
 
 
@@ -271,6 +270,13 @@ def _of_system(error: BaseException, where: str) -> str | None:
     )
 
 
+def host() -> str:
+    """The Hub that is asked, without a password that the address may hold."""
+    from huggingface_hub import constants
+
+    return urllib.parse.urlsplit(constants.ENDPOINT).netloc.rpartition("@")[2]
+
+
 def _named(error: BaseException, where: str) -> str:
     """The address, and the file that was asked for. Addresses of storages hold signatures."""
     from huggingface_hub.errors import HfHubHTTPError
@@ -282,6 +288,6 @@ def _named(error: BaseException, where: str) -> str:
     return f"{where} ({file})" if file and not where.partition("@")[0].endswith(file) else where
 
 
-def _line(error: BaseException) -> str:
+def line_of(error: BaseException) -> str:
     """The first line of what an error says."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__).strip()

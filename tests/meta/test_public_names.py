@@ -6,7 +6,16 @@ import puna
 
 pytestmark = pytest.mark.backend_free
 
-PUBLIC = ["ChatState", "LlamaConfig", "__version__", "load_model", "models", "samplers", "tuning"]
+PUBLIC = [
+    "ChatState",
+    "LlamaConfig",
+    "__version__",
+    "load_model",
+    "models",
+    "samplers",
+    "tuning",
+    "upload_preset",
+]
 
 MODELS = [
     "CausalLM",
