@@ -300,12 +300,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     # Sending
 
-    def _json(self, value: object) -> None:
+    def _json(self, value: object, status: int = 200) -> None:
         body = json.dumps(value).encode()
         if self.fault is not None and self.fault.is_answer_lost:
             cut(self, self.fault)
             return
-        self._head(200, {"Content-Type": "application/json", "Content-Length": str(len(body))})
+        self._head(status, {"Content-Type": "application/json", "Content-Length": str(len(body))})
         if self.command != "HEAD":
             self.wfile.write(body)
 

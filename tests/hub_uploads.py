@@ -64,7 +64,10 @@ class Uploads:
         elif parts == ["api", "repos", "delete"]:
             told = self._delete(handler, value(handler.body))
         elif parts == ["api", "validate-yaml"]:
-            told = _validated(value(handler.body)["content"])
+            wrong = _wrong_in(value(handler.body)["content"])
+            errors = [{"message": wrong}] if wrong else []
+            handler._json({"errors": errors, "warnings": []}, 400 if wrong else 200)
+            return
         elif parts[:2] == ["api", "models"] and len(parts) == 6:
             name, revision = "/".join(parts[2:4]), parts[5]
             repository = self._writable(handler, name)
@@ -237,17 +240,14 @@ class Uploads:
         }
 
 
-def _validated(card: str) -> dict[str, Any]:
-    """What the Hub says of a card's metadata."""
-    if not card.startswith("---\n"):
-        return {"errors": [], "warnings": [{"message": "empty or missing yaml metadata"}]}
+def _wrong_in(card: str) -> str | None:
+    """What the Hub has against a card's metadata."""
     try:
         told = yaml.safe_load(card.removeprefix("---\n").partition("\n---\n")[0])
-        if not isinstance(told, dict) or not isinstance(told.get("license", ""), str):
-            raise ValueError('"license" must be a string')
-    except (yaml.YAMLError, ValueError) as error:
-        raise Refusal(400, "", f"Invalid metadata: {error}") from error
-    return {"errors": [], "warnings": []}
+    except yaml.YAMLError as error:
+        return str(error)
+    is_text = not isinstance(told, dict) or isinstance(told.get("license", ""), str)
+    return None if is_text else '"license" must be a string'
 
 
 def _git_id(path: Path, large: bool) -> str:

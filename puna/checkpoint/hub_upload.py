@@ -17,7 +17,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from puna.checkpoint.hub import SCHEME, parse_address
-from puna.checkpoint.hub_errors import NotAHubError, Retries, check_token, quiet_client
+from puna.checkpoint.hub_errors import (
+    NotAHubError,
+    Retries,
+    check_token,
+    quiet_client,
+    status_of,
+)
 from puna.checkpoint.hub_upload_errors import TOKENS, may_pass, upload_explained
 from puna.checkpoint.model_card import CARD, is_ours, placed, read_card
 from puna.checkpoint.preset_files import CHECKPOINT, matches
@@ -72,9 +78,8 @@ class _Upload:
     publication: Publication
     private: bool
     message: str | None
-    outcome: str = _NOTHING
+    outcome: str | None = None  # what became of it, where that is known
     made: str | None = None  # "repository" or "branch", if this upload has made it
-    is_new: bool = False  # whether there was no repository
     retries: Retries = field(init=False)
 
     def __post_init__(self) -> None:
@@ -92,13 +97,14 @@ class _Upload:
     def run(self) -> str:
         """See `upload_to_hub`."""
         with (
-            upload_explained(self.where, self.repository, lambda: self.outcome),
+            upload_explained(self.where, self.repository, self._what_became_of_it),
             quiet_client(self.retries),
         ):
             _check_settings()
             info = self._open()
-            operations = self._operations(info)
+            operations: list[Any] = []
             try:
+                operations += self._operations(info)
                 return self._commit(operations, info.sha)
             except BaseException as error:
                 url = self._found_after_all(operations, info.sha, error)
@@ -117,20 +123,22 @@ class _Upload:
             RevisionNotFoundError,
         )
 
+        has_branch = True
         try:
             info = self._info(self.branch)
         except RevisionNotFoundError:
-            info = self._info(_MAIN)
+            info, has_branch = self._info(_MAIN), False
         except RepositoryNotFoundError as error:
             if isinstance(error, GatedRepoError):
                 raise
-            info = self._make()
-        else:
-            self._check_access(info)
-            return info
-        if not self.is_new:
-            self._check_access(info)
-        if self.branch != _MAIN:
+            info, has_branch = self._make(), self.branch == _MAIN
+        if self.private and info.private is False:
+            # The Hub would keep the repository as it is, and show all of this to everyone.
+            raise PresetError(
+                f"{self.where} is there and public, and private=True was given; make it private at "
+                f"https://huggingface.co/{self.repository}/settings, or give another name"
+            )
+        if not has_branch:
             self._patiently(
                 lambda: self.api.create_branch(
                     self.repository, branch=self.branch, revision=info.sha, exist_ok=True
@@ -145,9 +153,9 @@ class _Upload:
             # None leaves it to the organization, which may want all to be private.
             private = True if self.private else None
             self._patiently(lambda: self.api.create_repo(self.repository, private=private))
-            self.made, self.is_new = "repository", True
-        except OSError as error:
-            if getattr(getattr(error, "response", None), "status_code", None) != 409:
+            self.made = "repository"
+        except Exception as error:
+            if status_of(error) != 409:
                 raise
             with contextlib.suppress(Exception):
                 return self._info(_MAIN)
@@ -166,14 +174,6 @@ class _Upload:
                 raise NotAHubError(str(error)) from error
 
         return self._patiently(ask)
-
-    def _check_access(self, info: Any) -> None:
-        """Refuse to show everyone what was meant for few: the Hub keeps to what it has."""
-        if self.private and info.private is False:
-            raise PresetError(
-                f"{self.where} is there and public, and private=True was given; make it private at "
-                f"https://huggingface.co/{self.repository}/settings, or give another name"
-            )
 
     def _patiently(self, ask: Callable[[], Answer]) -> Answer:
         failures = 0
@@ -239,7 +239,7 @@ class _Upload:
         self, operations: list[Any], parent: str, error: BaseException
     ) -> str | None:
         """The commit's page, where only the answer was lost on its way."""
-        if not isinstance(error, Exception) or not may_pass(error):
+        if not operations or not isinstance(error, Exception) or not may_pass(error):
             return None
         try:
             info = self._info(self.branch)
@@ -251,6 +251,16 @@ class _Upload:
             return None
         return f"{self.api.endpoint}/{self.repository}/commit/{info.sha}"
 
+    def _what_became_of_it(self) -> str:
+        """What is published now, and what is left behind; for an upload that failed."""
+        if self.outcome is not None:
+            return self.outcome
+        if self.made == "repository":
+            return f"{_NOTHING}: {self.where} was made for it and is empty"
+        if self.made == "branch":
+            return f"{_NOTHING}: the branch {self.branch} was made for it and is as {_MAIN} is"
+        return _NOTHING
+
     def _clean_up(self, parent: str, error: BaseException) -> None:
         """Remove what was made for this upload, where that loses nothing.
 
@@ -258,13 +268,12 @@ class _Upload:
         again is of no use: what has arrived of large files would go with it, and need not be sent
         again. A branch that was made holds what the main one holds.
         """
-        if self.made is None or not self.outcome.startswith(_NOTHING):
+        if self.made is None or self.outcome is not None:
             return
-        made = f"{self.where} was made for it and is empty"
-        if self.made == "branch":
-            made = f"the branch {self.branch} was made for it and is as {_MAIN} is"
-        elif may_pass(error):
-            self.outcome = f"{_NOTHING}: {made}; what has arrived is not sent again next time"
+        if self.made == "repository" and may_pass(error):
+            self.outcome = (
+                f"{self._what_became_of_it()}; what has arrived is not sent again next time"
+            )
             return
         try:
             if self._info(self.branch).sha != parent:
@@ -275,7 +284,7 @@ class _Upload:
                 self.api.delete_repo(self.repository)
         except Exception:
             page = f"https://huggingface.co/{self.repository}/settings"
-            self.outcome = f"{_NOTHING}: {made}; remove it at {page}, or try again"
+            self.outcome = f"{self._what_became_of_it()}; remove it at {page}, or try again"
         else:
             self.outcome = f"{_NOTHING}, and the {self.made} made for it is removed again"
 
