@@ -10,7 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-VERBS = ("chat", "generate", "info", "tokenize", "convert", "quantize", "perplexity", "bench")
+VERBS = (
+    *("chat", "generate", "info", "tokenize", "convert", "quantize", "fuse", "upload"),
+    *("perplexity", "bench"),
+)
 TARGET = Path(__file__).with_name("cli.md")
 
 HEAD = """# The command line

@@ -35,7 +35,7 @@ def upload_to_kaggle(address: str, publication: Publication, *, message: str | N
             f"such as {SCHEME}me/pirate/keras/1b"
         )
     try:
-        import kagglehub
+        import kagglehub  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise PresetError(
             f"{SCHEME} needs Kaggle's own client; install it with: pip install kagglehub"

@@ -21,6 +21,7 @@ from puna.checkpoint.safetensors_writer import (
     DTYPES,
     INDEX,
     MAX_HEADER,
+    MAX_SHARD_SIZE,
     SINGLE,
     TensorSpec,
     plan_shards,
@@ -35,6 +36,7 @@ _MAX_NDIM = 64  # NumPy's limit
 __all__ = [
     "DTYPES",
     "INDEX",
+    "MAX_SHARD_SIZE",
     "SINGLE",
     "SafetensorsSource",
     "TensorSpec",

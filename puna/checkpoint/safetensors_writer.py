@@ -26,6 +26,7 @@ from puna.errors import PresetError
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ALIGNMENT = 64  # JAX aliases host memory only from here on
+MAX_SHARD_SIZE = 5_000_000_000  # bytes, as transformers has it
 MAX_HEADER = 100_000_000  # the official reader's limit, in bytes
 
 DTYPES: dict[str, np.dtype] = {
@@ -123,7 +124,7 @@ def plan_shards(
 def write_sharded(
     directory: str | os.PathLike[str],
     tensors: Iterable[TensorToWrite],
-    max_shard_bytes: int = 5_000_000_000,
+    max_shard_bytes: int = MAX_SHARD_SIZE,
     metadata: Mapping[str, str] = _METADATA,
 ) -> list[Path]:
     """Write a checkpoint's weights as transformers names them, in one file or in shards.

@@ -21,12 +21,10 @@ from puna.checkpoint.model_card import ModelCard, write_card
 from puna.checkpoint.packed_files import Matrix
 from puna.checkpoint.preset import SETTINGS_FILE
 from puna.checkpoint.preset_files import CHECKPOINT, matches
-from puna.checkpoint.safetensors import TensorSpec, write_sharded
+from puna.checkpoint.safetensors import MAX_SHARD_SIZE, TensorSpec, write_sharded
 from puna.config import LlamaConfig
 from puna.errors import PresetError
 from puna.quantization.arrays import variables
-
-MAX_SHARD_SIZE = 5_000_000_000  # bytes, as transformers has it
 
 
 def save_directory(

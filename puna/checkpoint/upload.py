@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 
-from puna.checkpoint.hub import SCHEME
-from puna.checkpoint.publication import publication_of
+from puna.checkpoint import hub, kaggle_upload
+from puna.checkpoint.hub_upload import upload_to_hub
+from puna.checkpoint.publication import Publication, publication_of
 from puna.errors import PresetError
 
 
@@ -41,24 +42,31 @@ def upload_preset(
 
     The Hub's client has its own settings: `HF_TOKEN`, `HF_HOME`, `HF_ENDPOINT`.
     """
-    from puna.checkpoint import kaggle_upload
-
-    if uri.startswith(kaggle_upload.SCHEME):
-        if revision is not None:
-            raise PresetError("revision was given, and Kaggle has no branches; leave it out")
-        publication = publication_of(preset)
-        return kaggle_upload.upload_to_kaggle(uri, publication, message=commit_message)
-    if not uri.startswith(SCHEME):
-        raise PresetError(
-            f"the address {uri!r} has no scheme that can be written to; expected "
-            f"{SCHEME}user/name or {kaggle_upload.SCHEME}user/model/framework/variation"
-        )
-    from puna.checkpoint.hub_upload import upload_to_hub
-
-    return upload_to_hub(
+    return publish(
         uri,
         publication_of(preset),
         private=private,
         message=commit_message,
         revision=revision,
     )
+
+
+def publish(
+    uri: str,
+    publication: Publication,
+    *,
+    private: bool = False,
+    message: str | None = None,
+    revision: str | None = None,
+) -> str:
+    """Publish what is known to be whole; see `upload_preset`."""
+    if uri.startswith(kaggle_upload.SCHEME):
+        if revision is not None:
+            raise PresetError("revision was given, and Kaggle has no branches; leave it out")
+        return kaggle_upload.upload_to_kaggle(uri, publication, message=message)
+    if not uri.startswith(hub.SCHEME):
+        raise PresetError(
+            f"the address {uri!r} has no scheme that can be written to; expected "
+            f"{hub.SCHEME}user/name or {kaggle_upload.SCHEME}user/model/framework/variation"
+        )
+    return upload_to_hub(uri, publication, private=private, message=message, revision=revision)

@@ -16,6 +16,7 @@ from puna.cli import (
     bench,
     chat,
     convert,
+    fuse,
     generate,
     info,
     interrupts,
@@ -23,6 +24,7 @@ from puna.cli import (
     quantize,
     terminal,
     tokenize,
+    upload,
 )
 from puna.cli.options import with_groups
 from puna.errors import PunaError
@@ -34,7 +36,7 @@ EPILOG = (
 
 app = typer.Typer(
     name="puna",
-    help="Llama in Keras 3: chat with a checkpoint, generate, look into it, quantize it.",
+    help="Llama in Keras 3: chat with a checkpoint, generate, look into it, quantize, publish it.",
     epilog=EPILOG,
     no_args_is_help=True,
     add_completion=False,
@@ -95,6 +97,8 @@ for _verb, _examples in (
     (tokenize.tokenize, tokenize.EXAMPLES),
     (convert.convert, convert.EXAMPLES),
     (quantize.quantize, quantize.EXAMPLES),
+    (fuse.fuse, fuse.EXAMPLES),
+    (upload.upload, upload.EXAMPLES),
     (perplexity.perplexity, perplexity.EXAMPLES),
     (bench.bench, bench.EXAMPLES),
 ):

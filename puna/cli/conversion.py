@@ -19,7 +19,7 @@ from puna.checkpoint import compressed_tensors, hub
 from puna.checkpoint.expected import expected_shapes, stored_names
 from puna.checkpoint.model_card import write_card
 from puna.checkpoint.preset import SETTINGS_FILE, Preset
-from puna.checkpoint.safetensors import TensorSpec, write_sharded
+from puna.checkpoint.safetensors import MAX_SHARD_SIZE, TensorSpec, write_sharded
 from puna.checkpoint.source import TensorSource
 from puna.cli import terminal
 from puna.cli.opened import tokenizer_of
@@ -37,19 +37,25 @@ def convert_preset(
     adapter: str | None,
     revision: str | None,
     recipe: Recipe | None = None,
+    max_shard_size: int | None = None,
 ) -> None:
-    """What `puna convert` and `puna quantize` do: fetch, write, and tell what was written."""
+    """What `puna convert`, `quantize` and `fuse` do: fetch, write, and tell what was written."""
     path = hub.locate(preset, revision=revision)
     adapters = [] if adapter is None else [hub.locate(adapter)]
     with terminal.waiting(f"Writing {directory}"):
-        files, size = write_hf(Preset(path, adapters), directory, dtype, recipe)
+        opened, shard = Preset(path, adapters), max_shard_size or MAX_SHARD_SIZE
+        files, size = write_hf(opened, directory, dtype, recipe, shard)
     plural = "s" if files > 1 else ""
     terminal.note(f"wrote {files} weight file{plural}, {size:,} bytes, to {directory}")
     print(directory)
 
 
 def write_hf(
-    opened: Preset, directory: Path, dtype: str | None, recipe: Recipe | None = None
+    opened: Preset,
+    directory: Path,
+    dtype: str | None,
+    recipe: Recipe | None = None,
+    max_shard_size: int = MAX_SHARD_SIZE,
 ) -> tuple[int, int]:
     """Write an opened preset as a Hugging Face directory, all of it or nothing.
 
@@ -58,6 +64,7 @@ def write_hf(
         directory: where to: empty, or not there.
         dtype: of all tensors; None means the one that the preset would be run in.
         recipe: how to quantize the matrices; None leaves them as they are.
+        max_shard_size: bytes of a weights file at the most.
 
     Returns:
         How many weight files were written, and their bytes.
@@ -96,7 +103,7 @@ def write_hf(
                     TensorSpec(name, shape, target, functools.partial(stream.read, theirs))
                 )
         with _appearing(directory) as work:
-            files = write_sharded(work, specs)
+            files = write_sharded(work, specs, max_shard_size)
             if tokenizer is not None:
                 tokenizer.save(work)
             said = config.to_hf() | {"dtype": dtype, "torch_dtype": dtype}

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,31 @@ Out = Annotated[
     ),
 ]
 Revision = Annotated[str | None, typer.Option(help="A branch, tag or commit of the Hub.")]
+
+
+def _bytes_of(text: str) -> int:
+    """A size such as "500MB", in bytes; transformers' units.
+
+    >>> _bytes_of("1.5GB"), _bytes_of("2000")
+    (1500000000, 2000)
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)B?", text.strip(), re.IGNORECASE)
+    size = int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " ")) if found else 0
+    if size < 1:
+        raise typer.BadParameter(f"{text!r} is no size; expected one such as 500MB or 2GB")
+    return size
+
+
+MaxShardSize = Annotated[
+    int | None,
+    typer.Option(
+        "--max-shard-size",
+        parser=_bytes_of,
+        metavar="SIZE",
+        help="Bytes of a weights file at the most, such as 500MB. Else 5GB.",
+        show_default=False,
+    ),
+]
 
 _SAMPLING, _LOADING = "Sampling", "Loading"
 

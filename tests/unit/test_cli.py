@@ -56,7 +56,7 @@ def error_of(result):
 # What all verbs have
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", [*VERBS, "fuse", "upload"])
 def test_help_has_examples_and_exit_codes(verb):
     result = puna(verb, "--help")
     assert result.exit_code == 0
