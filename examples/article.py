@@ -20,12 +20,12 @@ import puna
 LLAMA = "hf://meta-llama/Llama-3.2-1B-Instruct"
 
 
-def main(preset: str, new_tokens: int) -> None:
+def main(preset: str, new_tokens: int, uri: str | None = None) -> None:
     model = first_words(preset, new_tokens)
     chat(model, new_tokens)
     tokenizer_and_backbone(preset)
     what_the_preprocessor_does(model)
-    train(preset, new_tokens)
+    train(preset, new_tokens, uri)
 
 
 def first_words(preset: str, new_tokens: int) -> puna.models.Llama3CausalLM:
@@ -84,8 +84,8 @@ def what_the_preprocessor_does(model: puna.models.Llama3CausalLM) -> None:
     # More typically: model.generate, model.fit, model.predict, model.evaluate.
 
 
-def train(preset: str, new_tokens: int) -> None:
-    """Keras's own trainer, on strings; then the model on disk, and back."""
+def train(preset: str, new_tokens: int, uri: str | None) -> None:
+    """Keras's own trainer, on strings; then the model on disk, and back, and on the Hub."""
     title("Training on strings")
     # All weights are trained here, so they are loaded in float32: a step's change of a bfloat16
     # weight would mostly be rounded away. "mixed_bfloat16" computes faster, with float32 weights.
@@ -111,8 +111,13 @@ def train(preset: str, new_tokens: int) -> None:
         show(answer)
         show("the same after reloading:", answer == answer_again)
 
-    # The article goes on to upload_preset and to a device mesh. Both are still to come:
-    #   puna.upload_preset("hf://you/pirate-llama", "./pirate-llama")
+        title("Uploading")
+        if uri is None:
+            show("give --upload hf://you/your-repo, and HF_TOKEN, to publish it")
+        else:
+            show(puna.upload_preset(uri=uri, preset=f"{directory}/pirate-llama"))
+
+    # The article goes on to a device mesh, which is still to come:
     #   layout_map = puna.models.Llama3Backbone.get_layout_map(device_mesh)
 
 
@@ -131,5 +136,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="The article's code blocks, with Puna.")
     parser.add_argument("--preset", default=LLAMA, help=f"default: {LLAMA}")
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens of each answer")
+    parser.add_argument("--upload", metavar="hf://YOU/REPO", help="where to publish what it made")
     arguments = parser.parse_args()
-    main(arguments.preset, arguments.new_tokens)
+    main(arguments.preset, arguments.new_tokens, arguments.upload)

@@ -20,6 +20,7 @@ _ATTEMPTS, _FIRST_WAIT, _LONGEST_WAIT = 5, 0.5, 300.0
 # The Hub's way to say that no question is left, and in how many seconds there will be again.
 _RATE_LIMIT = re.compile(r";\s*r\s*=\s*0\s*;\s*t\s*=\s*(\d+)")
 # How the client's own notes of its own attempts begin, or go on.
+_SAID_ANYWAY = "No files have been modified since last commit"
 _CLIENTS_NOTES = ("HTTP Error ", "Retrying in ", "Rate limited", "Error while downloading from ")
 
 
@@ -113,6 +114,8 @@ def quiet_client(retries: Retries) -> Iterator[None]:
 
     def keep(record: logging.LogRecord) -> bool:
         text = record.getMessage()
+        if text.startswith(_SAID_ANYWAY):
+            return False
         if not text.startswith(_CLIENTS_NOTES) and "' thrown while requesting " not in text:
             return True
         status = text.split()[2] if text.startswith("HTTP Error ") else None

@@ -231,6 +231,9 @@ class _Upload:
             revision=self.branch,
             parent_commit=parent,  # who has committed meanwhile may have meant something else
         )
+        if info.oid == parent:
+            text = f"{self.where} holds all of this already; nothing was changed"
+            warnings.warn(text, UserWarning, stacklevel=5)
         return info.commit_url
 
     # When it fails

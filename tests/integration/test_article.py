@@ -7,6 +7,7 @@ import pytest
 from puna.models import Llama3Tokenizer
 from puna.testing import tiny_config, tiny_model
 from tests.hub_server import HubServer
+from tests.hub_uploading import MINE, TOKEN, published
 from tests.processes import ROOT, run
 
 
@@ -37,9 +38,15 @@ def printed(llama_directory, tmp_path_factory):
     with HubServer() as hub:
         hub.add("meta-llama/Llama-3.2-1B-Instruct", llama_directory)
         script = str(ROOT / "examples" / "article.py")
-        done = run([script, "--new-tokens", "4"], hub.environment(home))
+        hub.users[TOKEN] = MINE
+        upload = ["--upload", "hf://me/llama-3.2-1B-pirate-instruct"]
+        env = hub.environment(home, HF_TOKEN=TOKEN)
+        done = run([script, "--new-tokens", "4", *upload], env)
         assert done.status == 0, done.err
         assert hub.downloads["model.safetensors"] == 1
+        there = published(hub, "me/llama-3.2-1B-pirate-instruct")
+        assert "model.safetensors" in there
+        assert "base_model: meta-llama/Llama-3.2-1B-Instruct" in there["README.md"].read_text()
     parts = re.split(r"^== (.*) ==$", done.out, flags=re.MULTILINE)
     return dict(zip(parts[1::2], (part.strip() for part in parts[2::2]), strict=True))
 
@@ -53,6 +60,7 @@ def test_it_goes_through_the_article_in_order(printed):
         "Tokenizer, preprocessor",
         "Training on strings",
         "Saving",
+        "Uploading",
     ]
 
 
@@ -94,3 +102,4 @@ def test_training_lowers_the_loss_and_a_saved_model_answers_the_same(printed):
     assert len(losses) == 3
     assert losses[0] > losses[1] > losses[2]
     assert "the same after reloading: True" in printed["Saving"]
+    assert "/me/llama-3.2-1B-pirate-instruct/commit/" in printed["Uploading"]

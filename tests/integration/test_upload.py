@@ -163,7 +163,8 @@ def test_a_newer_model_takes_the_place_of_an_older_one(hub, saved, tmp_path):
     model.save_to_preset(tmp_path / "adapter", adapter="only")
     directories = (saved, tmp_path / "sharded", tmp_path / "adapter", saved, saved)
     asked = [{"uri": "hf://me/pirate", "preset": directory} for directory in directories]
-    urls = [result["url"] for result in upload_all(hub, tmp_path, *asked)]
+    results = upload_all(hub, tmp_path, *asked)
+    urls = [result["url"] for result in results]
     commits = hub.repositories["me/pirate"].commits
     for directory, url in zip(directories, urls, strict=True):
         there = set(files_of(commits[url.rpartition("/")[2]]))
@@ -171,6 +172,8 @@ def test_a_newer_model_takes_the_place_of_an_older_one(hub, saved, tmp_path):
     # What is there already is no commit.
     assert hub.uploads.commits["me/pirate"] == 4
     assert urls[-1] == urls[-2]
+    told = ["hf://me/pirate holds all of this already; nothing was changed"]
+    assert [result["told"] for result in results] == [[], [], [], [], told]
 
 
 @pytest.mark.backend_free
