@@ -35,7 +35,7 @@ from benchmarks.peers import note, peer_of
 from benchmarks.questions import FASTER, PLAIN, QUESTIONS, Answer, Question, Shape, longest
 from benchmarks.workers import Fresh, NotInstalledError, Run, Worker, WorkerError
 from puna.checkpoint.preset import Preset
-from puna.cli.bench_run import machine
+from puna.machine import describe
 from puna.config import LlamaConfig
 from puna.errors import PresetError
 
@@ -66,7 +66,7 @@ def main() -> None:
             "rounds": arguments.rounds,
             "fresh_rounds": arguments.fresh_rounds,
             "baseline": arguments.baseline,
-            "machine": machine(),
+            "machine": describe(),
             **compare(run, engines, questions, arguments),
         }
     _print(results)

@@ -25,8 +25,7 @@ import ml_dtypes
 import numpy as np
 
 from puna.backend.kernels.library import KINDS, Matrix, Threads, library, matrix_of
-from puna.cli.bench_run import machine
-from puna.machine import usable_cores
+from puna.machine import describe, usable_cores
 
 # Name, dtype of the numbers, and the inputs that share a scale.
 WEIGHTS = [
@@ -42,7 +41,7 @@ def main() -> None:
     arguments = _arguments()
     if library() is None:
         sys.exit("the native kernels are not installed, or PUNA_KERNELS=off")
-    results: dict[str, Any] = {"machine": machine(), "threads": usable_cores(), "weights": {}}
+    results: dict[str, Any] = {"machine": describe(), "threads": usable_cores(), "weights": {}}
     print(f"{'weights':24}{'read, GB/s':>12}{'1 row, GB/s':>13}{'share':>8}", end="")
     print(f"{f'{ROWS} rows, GF':>15}{'beside torch':>14}")
     for name, dtype, group in WEIGHTS:

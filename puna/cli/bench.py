@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from puna import machine
 from puna.cli import terminal
 from puna.cli.options import Loading, Preset
 
@@ -88,7 +89,7 @@ def bench(
         **bench_run.describe(model),
         "load_seconds": round(seconds, 3),
         **bench_run.memory(before),
-        **bench_run.machine(),
+        **machine.describe(),
     }
     _PRINT[output](facts, results)
     for result in results:

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import math
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from puna.errors import ContextLengthError
-from puna.machine import usable_cores
+from puna.machine import peak_memory, resident_memory, versions
 
 if TYPE_CHECKING:
     from puna.cli.options import Loading
@@ -92,7 +88,7 @@ def imported() -> int | None:
     """Import Keras and its backend; the resident bytes after it, where the system tells them."""
     import puna.models  # noqa: F401
 
-    return _status("VmRSS")
+    return resident_memory()
 
 
 def load(preset: str, loading: Loading, random_weights: bool) -> tuple[Any, float]:
@@ -175,48 +171,22 @@ def describe(model: Any) -> dict[str, Any]:
 
     backend = keras.backend.backend()
     variables = list(model.variables)
-    versions = {"python": platform.python_version()}
-    for package in ("puna", "keras", "numpy"):
-        versions[package] = importlib.metadata.version(package)
-    # Keras has imported it, and its package may have another name, such as tensorflow-cpu.
-    versions[backend] = str(getattr(sys.modules.get(backend), "__version__", "unknown"))
     return {
         "parameters": parameter_count(model.config),
         "weights_bytes": sum(_count(v.shape) * _itemsize(v.dtype) for v in variables),
         "dtype": model.dtype_policy.compute_dtype,
         "backend": backend,
         "device": str(getattr(variables[0].value, "device", "unknown")),
-        "versions": versions,
+        "versions": versions(backend),
     }
 
 
 def memory(before: int | None) -> dict[str, Any]:
     """The most that this process has held beyond `before` bytes; None where it cannot be told."""
-    peak = _status("VmHWM")
+    peak = peak_memory()
     if peak is None or before is None:
         return {"peak_memory_bytes": None}
     return {"peak_memory_bytes": peak - before}
-
-
-def machine() -> dict[str, Any]:
-    """The processor, and how much of it may be used."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
-        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-        cpu = names[0] if names else cpu
-    system = f"{platform.system()} {platform.release()}"
-    return {"cpu": cpu, "cores": usable_cores(), "system": system}
-
-
-def _status(field: str) -> int | None:
-    """A size from Linux's account of this process, in bytes."""
-    path = Path("/proc/self/status")
-    if not path.exists():
-        return None
-    found = [line.split()[1] for line in path.read_text().splitlines() if line.startswith(field)]
-    return int(found[0]) * 1024 if found else None
 
 
 def _count(shape: Sequence[int]) -> int:

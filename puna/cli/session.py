@@ -17,6 +17,7 @@ from puna.cli.conversion import parameter_count
 from puna.cli.lines import FENCE, Lines
 from puna.cli.pace import Pace
 from puna.errors import ContextLengthError, PunaError
+from puna.machine import peak_memory, resident_memory
 
 if TYPE_CHECKING:
     from puna.chat import ChatState
@@ -271,18 +272,7 @@ def _count(messages: list[Any]) -> str:
 
 def _memory() -> str:
     """The process's resident size, where the system tells it."""
-    try:
-        with open("/proc/self/status", encoding="ascii") as file:
-            found = dict(line.split(":", 1) for line in file if line.startswith(("VmRSS", "VmHWM")))
-        now, most = (int(found[key].split()[0]) // 1000 for key in ("VmRSS", "VmHWM"))
-        return f"{now:,} MB resident, {most:,} MB at the most"
-    except (OSError, KeyError, ValueError):
-        pass
-    try:
-        import resource
-    except ImportError:
-        return "not known on this system"
-    # macOS counts bytes here, every other system kilobytes.
-    unit = 1 if sys.platform == "darwin" else 1024
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 10**6
-    return f"{most:,} MB resident at the most"
+    now, most = resident_memory(), peak_memory()
+    told = [] if now is None else [f"{now // 10**6:,} MB resident"]
+    told += [] if most is None else [f"{most // 10**6:,} MB at the most"]
+    return ", ".join(told) or "not known on this system"
