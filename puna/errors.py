@@ -34,3 +34,11 @@ class BackendError(PunaError, RuntimeError):
 
 class DataError(PunaError, ValueError):
     """Rows of training data cannot be read, are of no known kind, or do not fit."""
+
+
+class RunError(PunaError, RuntimeError):
+    """A fine-tuning run cannot begin where it is told to, or cannot go on."""
+
+
+class StoppedError(PunaError, RuntimeError):
+    """A fine-tuning run was interrupted; its checkpoint is written, and it can go on."""

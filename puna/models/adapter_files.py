@@ -33,14 +33,41 @@ def load_adapter(model: Adaptable, directory: str | os.PathLike[str], name: str)
     model.check_new(name)
     adapter = PeftAdapter(hub.locate(directory))
     try:
-        settings = _settings(model, adapter)
-        model.add_adapter(name, settings)
-        for module in settings:
-            variables = model.linears()[module].adapters[name].variables()
-            for role, tensor in adapter.modules[module].items():
-                variables[_PARTS[role]].assign(adapter.read(tensor))
+        model.add_adapter(name, _settings(model, adapter))
+        _assign(model, adapter, name)
     finally:
         adapter.close()
+
+
+def restore_adapter(model: Adaptable, directory: str | os.PathLike[str]) -> None:
+    """Give the adapter in use the numbers that a file has of it.
+
+    Args:
+        model: a causal LM or a backbone with one adapter in use.
+        directory: as `save_adapter` has written it.
+
+    Raises:
+        PresetError: files are missing or malformed, or are of another adapter.
+        ConfigError: there is no adapter in use, or several.
+    """
+    name = named_adapter(model, None)
+    adapter = PeftAdapter(directory)
+    try:
+        if (found := _settings(model, adapter)) != model.adapters()[name]:
+            raise PresetError(
+                f"{adapter.path} is an adapter of {len(found)} matrices, and not the one in use, "
+                "of other matrices, rank, alpha, dropout or kind; load it with load_adapter"
+            )
+        _assign(model, adapter, name)
+    finally:
+        adapter.close()
+
+
+def _assign(model: Adaptable, adapter: PeftAdapter, name: str) -> None:
+    for module, tensors in adapter.modules.items():
+        variables = model.linears()[module].adapters[name].variables()
+        for role, tensor in tensors.items():
+            variables[_PARTS[role]].assign(adapter.read(tensor))
 
 
 def _settings(model: Adaptable, adapter: PeftAdapter) -> dict[str, LoraSettings]:

@@ -152,6 +152,15 @@ class TokenBatches(keras.utils.PyDataset):
         rows = [[self._examples[i] for i in self._sequences[place]] for place in sequences]
         return arrays(rows, T, self._pad_id, self._packing)
 
+    def tokens(self, index: int) -> int:
+        """How many tokens a batch of the current epoch has, padding not counted."""
+        sequences, _ = self._order[index]
+        return sum(len(self._examples[i]) for place in sequences for i in self._sequences[place])
+
+    def length(self, index: int) -> int:
+        """T of a batch of the current epoch."""
+        return self._order[index][1]
+
     def on_epoch_end(self) -> None:
         if self._shuffle:
             self.epoch = self._epoch + 1

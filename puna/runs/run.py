@@ -1,0 +1,268 @@
+"""A fine-tuning run, from its settings to what it leaves."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from puna.backend.step_loss import tell_step_loss
+from puna.checkpoint.fingerprint import fingerprint
+from puna.checkpoint.json_file import read_json
+from puna.errors import ConfigError, StoppedError
+from puna.models import CausalLM
+from puna.models.presets import open_preset
+from puna.runs import checkpoints, curve, data
+from puna.runs.callbacks import OneTraining, Recorder, RunState
+from puna.runs.folder import RunFolder, write_json
+from puna.runs.progress import ProgressDisplay
+from puna.runs.report import report
+from puna.runs.schedule import Schedule
+from puna.runs.settings import FinetuneSettings
+from puna.runs.stopping import Stop
+from puna.runs.trackers import trackers
+from puna.tuning.batches import TokenBatches
+
+
+@dataclass
+class Finished:
+    """What a run leaves.
+
+    Args:
+        directory: of the adapter or model: a preset.
+        report: what `run.json` says.
+    """
+
+    directory: Path
+    report: dict[str, Any]
+    _model: Any = field(default=None, repr=False)
+
+    @property
+    def model(self) -> Any:
+        """The model as it was saved; loaded where the run had come to its end before."""
+        if self._model is None:
+            self._model = CausalLM.from_preset(self.directory)
+        return self._model
+
+
+@dataclass
+class _Parts:
+    """What a run is made of, once its model is there."""
+
+    model: Any
+    batches: TokenBatches
+    held_out: TokenBatches | None
+    total: int
+    schedule: Schedule
+    rows: dict[str, Any]
+
+
+class Run:
+    """A run; `puna.finetune` says what it does.
+
+    Args:
+        settings: all that it is told.
+        callbacks: of Keras.
+        restart: whether to begin anew.
+    """
+
+    def __init__(self, settings: FinetuneSettings, callbacks: Sequence[Any], restart: bool):
+        self._settings = settings
+        self._callbacks = callbacks
+        self._restart = restart
+        self._folder = RunFolder(settings)
+        self._stop = Stop()
+
+    def go(self) -> Finished:
+        """Train, and write what is to be left; or go on with it."""
+        _refuse_what_is_not_there(self._settings)
+        folder = self._folder
+        with folder.claimed(self._restart), self._stop.listening():
+            rows = data.read(self._settings)
+            facts = {"backend": keras.backend.backend(), "data": data.digests(self._settings)}
+            if folder.is_finished:
+                folder.identify(facts)
+                return Finished(folder.result, read_json(folder.report))
+            parts = self._prepared(rows)
+            folder.identify(facts | {"weights": fingerprint(parts.model.config, _base(parts.model))})
+            state = self._state(parts.model)
+            with self._display(parts.total) as display:
+                self._train(parts, state, display)
+                return self._finish(parts, state, display)
+
+    def _prepared(self, rows: tuple[data.TextData, data.TextData | None]) -> _Parts:
+        """The model with its adapter, compiled, and the batches."""
+        settings = self._settings
+        keras.utils.set_random_seed(settings.seed)
+        model = _load(settings)
+        if not settings.trains_all:
+            targets = settings.target_modules
+            model.enable_lora(
+                settings.rank,
+                settings.alpha,
+                targets[0] if targets == ("all-linear",) else targets,
+                settings.dropout,
+                settings.rslora,
+                settings.method == "dora",
+            )
+            if settings.save == "merged":
+                model.check_mergeable()
+        size = settings.batch_size
+        batches = rows[0].batches(model.preprocessor, size, shuffle=True)
+        held_out = None if rows[1] is None else rows[1].batches(model.preprocessor, size)
+        total = settings.steps(len(batches))
+        schedule = Schedule.of(settings, total)
+        model.compile(optimizer=_optimizer(settings, schedule))
+        model.optimizer.build(model.trainable_variables)
+        tell_step_loss(model)
+        told = {"train": data.facts(rows[0], batches)}
+        if rows[1] is not None and held_out is not None:
+            told["eval"] = data.facts(rows[1], held_out)
+        return _Parts(model, batches, held_out, total, schedule, told)
+
+    def _state(self, model: Any) -> RunState:
+        """Where the run is: at its beginning, or at its newest checkpoint."""
+        folder, state = self._folder, RunState()
+        newest = folder.checkpoints.latest()
+        if newest is not None:
+            state = RunState(**checkpoints.read_state(newest))
+            checkpoints.restore(model, newest)
+        for file in (folder.metrics, folder.samples):
+            file.cut(after=state.step if newest is not None else -1)
+        return state
+
+    @contextlib.contextmanager
+    def _display(self, total: int) -> Iterator[ProgressDisplay]:
+        display = ProgressDisplay(total)
+        try:
+            yield display
+        finally:
+            display.close()
+
+    def _train(self, parts: _Parts, state: RunState, display: ProgressDisplay) -> None:
+        """All steps that are left."""
+        settings, model, batches = self._settings, parts.model, parts.batches
+        recorder = Recorder(
+            settings,
+            self._folder,
+            model,
+            state,
+            total=parts.total,
+            schedule=parts.schedule,
+            batches=batches,
+            held_out=parts.held_out,
+            display=display,
+            stop=self._stop,
+        )
+        epochs = math.ceil(parts.total / len(batches))
+        everyone = [recorder, *trackers(settings, self._folder), *self._callbacks]
+        callbacks = OneTraining(everyone, model, epochs, len(batches))
+        _introduce(parts, state, display)
+        try:
+            if state.step == 0:
+                recorder.begin()
+            while state.step < parts.total and not state.ended:
+                if self._stop.asked:
+                    raise self._stopped(state)
+                epoch, callbacks.start = divmod(state.step, len(batches))
+                model.fit(
+                    data.EpochBatches(batches, epoch, callbacks.start),
+                    initial_epoch=epoch,
+                    epochs=epoch + 1,
+                    callbacks=callbacks,
+                    shuffle=False,  # they have an order
+                    verbose=0,
+                )
+                state.ended |= model.stop_training and not self._stop.asked
+        finally:
+            callbacks.close()
+
+    def _stopped(self, state: RunState) -> StoppedError:
+        return StoppedError(
+            f"stopped after step {state.step}, with a checkpoint in {self._folder.root}; the same "
+            "command goes on from there"
+        )
+
+    def _finish(self, parts: _Parts, state: RunState, display: ProgressDisplay) -> Finished:
+        """Save, draw and tell."""
+        settings, folder, model = self._settings, self._folder, parts.model
+        if settings.early_stopping and state.best_step not in (None, state.step):
+            checkpoints.restore_weights(model, folder.checkpoints.at(state.best_step))
+        if settings.trains_all:
+            model.save_to_preset(folder.result)
+        else:
+            wanted = "only" if settings.save == "adapter" else "merged"
+            model.save_to_preset(folder.result, adapter=wanted)
+        lines = folder.metrics.read()
+        if curve.can_draw():
+            curve.draw(lines, folder.curve)
+        else:
+            display.say("no loss.png: matplotlib is not installed; pip install 'puna[train]'")
+        told = report(settings, folder, parts, state, lines)
+        write_json(folder.report, told)
+        return Finished(folder.result, told, model)
+
+
+def _refuse_what_is_not_there(settings: FinetuneSettings) -> None:
+    if settings.accumulate > 1:
+        raise ConfigError(
+            f"accumulate is {settings.accumulate}, and gradients are not accumulated yet; raise "
+            "batch_size as far as memory allows"
+        )
+    if settings.remat:
+        raise ConfigError(
+            "remat is true, and activations are not computed again yet; lower batch_size or "
+            "sequence_length"
+        )
+
+
+def _load(settings: FinetuneSettings) -> Any:
+    """The model; from a local directory, it knows where that is from anywhere."""
+    preset = settings.preset
+    if Path(preset).expanduser().exists():
+        preset = str(Path(preset).expanduser().resolve())
+    dtype = settings.dtype
+    if dtype is None and settings.trains_all:
+        dtype = _dtype_to_train_all(preset)
+    return CausalLM.from_preset(preset, dtype=dtype, quantization=settings.quantization)
+
+
+def _dtype_to_train_all(preset: str) -> str | None:
+    """The checkpoint's dtype, with the weights in float32: what a step changes needs its digits."""
+    opened = open_preset(preset)
+    source = opened.tensors()
+    try:
+        dtype = opened.default_dtype(source)
+    finally:
+        source.close()
+    return f"mixed_{dtype}" if dtype in ("bfloat16", "float16") else None
+
+
+def _optimizer(settings: FinetuneSettings, schedule: Schedule) -> keras.optimizers.Optimizer:
+    optimizer = keras.optimizers.AdamW(
+        schedule,  # type: ignore[arg-type]
+        weight_decay=settings.weight_decay,
+        global_clipnorm=settings.clip_norm or None,
+    )
+    optimizer.exclude_from_weight_decay(var_names=["norm", "bias"])
+    return optimizer
+
+
+def _base(model: Any) -> dict[str, Any]:
+    """The weights of a model that has just been loaded."""
+    return model.tensors()
+
+
+def _introduce(parts: _Parts, state: RunState, display: ProgressDisplay) -> None:
+    trained = sum(math.prod(v.shape) for v in parts.model.trainable_variables)
+    display.say(str(parts.batches.report))
+    if parts.held_out is not None:
+        display.say(f"Held out: {parts.held_out.report}")
+    display.say(f"{trained:,} numbers are trained, in {parts.total:,} steps.")
+    if state.step:
+        display.say(f"Going on after step {state.step:,}.")
