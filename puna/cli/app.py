@@ -16,6 +16,7 @@ from puna.cli import (
     bench,
     chat,
     convert,
+    finetune,
     fuse,
     generate,
     info,
@@ -36,7 +37,7 @@ EPILOG = (
 
 app = typer.Typer(
     name="puna",
-    help="Llama in Keras 3: chat with a checkpoint, generate, look into it, quantize, publish it.",
+    help="Llama in Keras 3: chat with a checkpoint, look into it, fine-tune, quantize, publish it.",
     epilog=EPILOG,
     no_args_is_help=True,
     add_completion=False,
@@ -95,6 +96,7 @@ for _verb, _examples in (
     (generate.generate, generate.EXAMPLES),
     (info.info, info.EXAMPLES),
     (tokenize.tokenize, tokenize.EXAMPLES),
+    (finetune.finetune, finetune.EXAMPLES),
     (convert.convert, convert.EXAMPLES),
     (quantize.quantize, quantize.EXAMPLES),
     (fuse.fuse, fuse.EXAMPLES),

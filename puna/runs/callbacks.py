@@ -13,6 +13,7 @@ import keras
 
 from puna import backend
 from puna.backend.step_loss import STEP_LOSS
+from puna.backend.step_seed import seed_step
 from puna.chat import ChatState
 from puna.errors import RunError
 from puna.machine import peak_memory
@@ -142,6 +143,9 @@ class Recorder(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self._mark = time.perf_counter()
         self._has_measured = False
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        seed_step(self._settings.seed, self._state.step + 1)
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         assert logs is not None

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from puna import backend
-from puna.backend.memory import numpy_dtype
 from puna.checkpoint.json_file import read_json
 from puna.checkpoint.safetensors import SafetensorsSource, TensorSpec, write_safetensors
 from puna.errors import PresetError
@@ -138,7 +137,7 @@ def restore(model: Any, checkpoint: Path) -> None:
                 "run anew, with --restart or in another directory"
             )
         for name, variable in variables.items():
-            variable.assign(source.read(name).astype(numpy_dtype(variable.dtype)))
+            variable.assign(source.read(name))
     finally:
         source.close()
 
@@ -162,13 +161,9 @@ def restore_weights(model: Any, checkpoint: Path) -> None:
 
 
 def _to_write(model: Any) -> list[TensorSpec]:
-    def reader(variable: Any):
-        return lambda: backend.ops.to_numpy(variable).astype(numpy_dtype(variable.dtype))
-
-    return [
-        TensorSpec(name, tuple(variable.shape), numpy_dtype(variable.dtype), reader(variable))
-        for name, variable in _training_variables(model).items()
-    ]
+    arrays = {name: backend.ops.to_numpy(v) for name, v in _training_variables(model).items()}
+    # Views of variables, which do not change before they are written.
+    return [TensorSpec(n, a.shape, a.dtype, lambda a=a: a) for n, a in arrays.items()]
 
 
 def _training_variables(model: Any) -> dict[str, Any]:

@@ -45,6 +45,7 @@ class FinetuneSettings:
             help="What to fine-tune: a directory, hf://org/name (also @REVISION), or a short name "
             "such as llama3.2_instruct_1b.",
             panel=_FILES,
+            metavar="PRESET",
         ),
     ]
     data: Annotated[
