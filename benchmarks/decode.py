@@ -35,9 +35,9 @@ from benchmarks.peers import note, peer_of
 from benchmarks.questions import FASTER, PLAIN, QUESTIONS, Answer, Question, Shape, longest
 from benchmarks.workers import Fresh, NotInstalledError, Run, Worker, WorkerError
 from puna.checkpoint.preset import Preset
-from puna.machine import describe
 from puna.config import LlamaConfig
 from puna.errors import PresetError
+from puna.machine import describe
 
 SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
 

@@ -35,7 +35,7 @@ def tiny_run(directory: Path, *, rows: int = 20, **changes: Any) -> FinetuneSett
     """Settings of a run of some steps on a tiny preset, which is written if it is not there."""
     preset, data = directory / "preset", directory / "train.jsonl"
     if not preset.exists():
-        write_tiny_preset(preset)
+        write_tiny_preset(preset, num_hidden_layers=1)
         write_rows(data, rows)
     settings: dict[str, Any] = {
         "preset": str(preset),

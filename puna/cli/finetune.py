@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
 from puna.cli import terminal
-from puna.cli.options import with_groups
 from puna.errors import ConfigError, StoppedError
 from puna.runs.flags import Setting, read_yaml, settings_of
 from puna.runs.settings import FinetuneSettings
@@ -104,8 +104,7 @@ def finetune(
     except StoppedError as error:
         terminal.note(str(error))
         raise typer.Exit(130) from None
-    for line in summary(finished):
-        terminal.note(line)
+    print("\n".join(summary(finished)), file=sys.stderr)
     print(finished.directory)
 
 

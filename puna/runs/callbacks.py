@@ -124,7 +124,7 @@ class Recorder(keras.callbacks.Callback):
         super().__init__()
         self._settings = settings
         self._folder = folder
-        self._trained = model  # `self.model` would copy all state on JAX, whenever it is named
+        self._trained = model
         self._state = state
         self._total = total
         self._schedule = schedule
@@ -174,9 +174,14 @@ class Recorder(keras.callbacks.Callback):
         """Write a checkpoint of where the run is, and delete those that are not to be kept."""
         state, checkpoints = self._state, self._folder.checkpoints
         state.seconds = self._before + time.perf_counter() - self._begun
-        checkpoints.save(self.model, dataclasses.asdict(state))
-        keeps_best = self._settings.early_stopping and state.best_step is not None
-        checkpoints.prune(self._settings.keep_checkpoints, [state.best_step] if keeps_best else ())
+        checkpoints.save(self._whole, dataclasses.asdict(state))
+        best = state.best_step if self._settings.early_stopping else None
+        checkpoints.prune(self._settings.keep_checkpoints, also=best)
+
+    @property
+    def _whole(self) -> Any:
+        """The model with all its state, which on JAX `fit` has until somebody asks for `model`."""
+        return self.model
 
     def _is_time(self, every: int) -> bool:
         step = self._state.step
@@ -188,8 +193,8 @@ class Recorder(keras.callbacks.Callback):
         if not math.isfinite(loss):
             raise RunError(
                 f"the loss of step {step} is {loss}; lower the learning rate (it was "
-                f"{self._schedule.at(step - 1):.3g}), or compute in float32. The checkpoints before "
-                "are unchanged"
+                f"{self._schedule.at(step - 1):.3g}), or compute in float32. The checkpoints "
+                "before are unchanged"
             )
         seconds = time.perf_counter() - self._mark
         line = {
@@ -216,7 +221,7 @@ class Recorder(keras.callbacks.Callback):
             self._answer()
 
     def _measure(self, held_out: TokenBatches) -> float:
-        state, model = self._state, self.model
+        state, model = self._state, self._whole
         # `evaluate` uses the same metrics, whose means of the epoch shall go on.
         kept = [(v, backend.ops.to_numpy(v).copy()) for v in model.metrics_variables]
         begun = time.perf_counter()
@@ -250,7 +255,7 @@ class Recorder(keras.callbacks.Callback):
         return loss
 
     def _answer(self) -> None:
-        model, most = self.model, self._settings.sample_tokens
+        model, most = self._whole, self._settings.sample_tokens
         for prompt in self._settings.sample_prompts:
             if model.tokenizer.chat_templates:
                 chat = ChatState(model, sampler="greedy", max_new_tokens=most)

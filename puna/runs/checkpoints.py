@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,16 +85,16 @@ class Checkpoints:
             shutil.rmtree(work, ignore_errors=True)
         return target
 
-    def prune(self, keep: int, also: Collection[int] = ()) -> None:
+    def prune(self, keep: int, also: int | None = None) -> None:
         """Delete all but the newest.
 
         Args:
             keep: how many stay.
-            also: steps whose checkpoints stay too.
+            also: the step whose checkpoint stays too.
         """
         found = self.all()
         for step in [*found][:-keep]:
-            if step not in also:
+            if step != also:
                 gone = found[step].with_name(f".{found[step].name}.{os.getpid()}.old")
                 os.rename(found[step], gone)
                 shutil.rmtree(gone, ignore_errors=True)

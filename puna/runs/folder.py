@@ -124,7 +124,9 @@ class RunFolder:
             read_json(self._file).get("settings", {}), str(self._file)
         )
         if found := before.difference(self._settings):
-            told = "; ".join(f"{name} is {a!r} there and {b!r} here" for name, (a, b) in found.items())
+            told = "; ".join(
+                f"{name} is {a!r} there and {b!r} here" for name, (a, b) in found.items()
+            )
             raise RunError(f"{self.root} holds a run with other settings: {told}. {_ADVICE}")
 
     def _clear(self, names: list[str]) -> None:

@@ -89,7 +89,9 @@ class Run:
                 folder.identify(facts)
                 return Finished(folder.result, read_json(folder.report))
             parts = self._prepared(rows)
-            folder.identify(facts | {"weights": fingerprint(parts.model.config, _base(parts.model))})
+            folder.identify(
+                facts | {"weights": fingerprint(parts.model.config, _base(parts.model))}
+            )
             state = self._state(parts.model)
             with self._display(parts.total) as display:
                 self._train(parts, state, display)

@@ -7,12 +7,13 @@ from typing import Any, Literal
 
 import keras
 from keras import ops
+from keras.optimizers import schedules
 
 from puna.runs.settings import FinetuneSettings
 
 
 @keras.saving.register_keras_serializable(package="puna")
-class Schedule(keras.optimizers.schedules.LearningRateSchedule):
+class Schedule(schedules.LearningRateSchedule):
     """It rises from 0 in a straight line, and stays or falls to 0.
 
     Args:

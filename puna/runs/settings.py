@@ -116,9 +116,7 @@ class FinetuneSettings:
         Literal["lora", "dora", "full"],
         Flag(help="Train an adapter beside the weights, or the weights.", panel=_ADAPTER),
     ] = "lora"
-    rank: Annotated[
-        int, Flag(help="The adapter's rank.", panel=_ADAPTER, metavar="N", least=1)
-    ] = 8
+    rank: Annotated[int, Flag(help="The adapter's rank.", panel=_ADAPTER, metavar="N", least=1)] = 8
     alpha: Annotated[
         float,
         Flag(
@@ -147,9 +145,7 @@ class FinetuneSettings:
             metavar="NAME",
         ),
     ] = ("all-linear",)
-    rslora: Annotated[
-        bool, Flag(help="Multiply by alpha / √rank instead.", panel=_ADAPTER)
-    ] = False
+    rslora: Annotated[bool, Flag(help="Multiply by alpha / √rank instead.", panel=_ADAPTER)] = False
     quantization: Annotated[
         Literal["int4", "int8"] | None,
         Flag(help="Quantize the weights beside the adapter (QLoRA).", panel=_ADAPTER),

@@ -23,6 +23,9 @@ from tests.finetuning import tiny_run, write_rows
 
 STEPS = 10  # five an epoch
 
+# Every run compiles its steps, where they are compiled: what does not depend on it runs once.
+once = pytest.mark.backend_free
+
 
 class At(keras.callbacks.Callback):
     """Does something once a step is taken down."""
@@ -179,6 +182,7 @@ def test_checkpoints_are_adapters_and_the_newest_stay(unbroken):
     ]
 
 
+@once
 def test_a_finished_run_is_told_of_and_not_done_again(unbroken):
     before = (Path(unbroken[0].out) / "metrics.jsonl").stat().st_mtime_ns
     again = finetune(unbroken[0])
@@ -189,7 +193,7 @@ def test_a_finished_run_is_told_of_and_not_done_again(unbroken):
 # Going on
 
 
-@pytest.mark.parametrize("step", [2, 5, 7, STEPS])
+@pytest.mark.parametrize("step", [7, *(pytest.param(step, marks=once) for step in (2, 5, STEPS))])
 def test_a_run_that_crashes_ends_as_if_it_had_not(unbroken, another, step):
     settings = another()
     with pytest.raises(CrashError):
@@ -203,6 +207,7 @@ def test_a_run_that_crashes_ends_as_if_it_had_not(unbroken, another, step):
     assert samples == JsonLines(Path(unbroken[0].out) / "samples.jsonl").read()
 
 
+@once
 def test_dropout_has_a_part_in_the_losses(unbroken, another):
     # Otherwise the test before would say nothing of its state.
     settings = another(dropout=0.0, eval_every=None, max_steps=3, epochs=None)
@@ -210,6 +215,7 @@ def test_dropout_has_a_part_in_the_losses(unbroken, another):
     assert not np.allclose(losses_of(settings)[1:3], losses_of(unbroken[0])[1:3], atol=1e-4)
 
 
+@once
 def test_an_interrupt_lets_the_step_end_and_writes_a_checkpoint(unbroken, another):
     settings, before = another(), signal.getsignal(signal.SIGINT)
     with pytest.raises(StoppedError, match="stopped after step 5, with a checkpoint"):
@@ -220,6 +226,7 @@ def test_an_interrupt_lets_the_step_end_and_writes_a_checkpoint(unbroken, anothe
     np.testing.assert_allclose(losses_of(settings), losses_of(unbroken[0]), atol=1e-6)
 
 
+@once
 def test_a_second_interrupt_ends_the_run_at_once(another):
     settings = another()
     with pytest.raises(KeyboardInterrupt):
@@ -227,7 +234,8 @@ def test_a_second_interrupt_ends_the_run_at_once(another):
     assert list(Checkpoints(Path(settings.out) / "checkpoints").all()) == [3]
 
 
-def test_callbacks_see_one_training(unbroken, another):
+@once
+def test_callbacks_see_one_training(another):
     seen = []
 
     class Watch(keras.callbacks.Callback):
@@ -254,6 +262,7 @@ def test_callbacks_see_one_training(unbroken, another):
     assert watch.params["epochs"] == 2
 
 
+@once
 def test_a_callback_may_end_the_run(another):
     class End(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):
@@ -266,6 +275,7 @@ def test_a_callback_may_end_the_run(another):
 # Kinds of runs
 
 
+@once
 def test_early_stopping_keeps_the_best(another, monkeypatch):
     from puna.runs.callbacks import Recorder
 
@@ -287,6 +297,7 @@ def test_early_stopping_keeps_the_best(another, monkeypatch):
     assert ours == (best / "adapter_model.safetensors").read_bytes()
 
 
+@once
 def test_training_all_weights(another, tmp_path):
     settings = another(
         method="full", dropout=0.0, learning_rate=None, max_steps=4, epochs=None, eval_every=None
@@ -305,6 +316,7 @@ def test_training_all_weights(another, tmp_path):
     np.testing.assert_array_equal(keras.ops.convert_to_numpy(model(ids)), theirs)
 
 
+@once
 def test_training_all_weights_of_a_bfloat16_checkpoint_keeps_them_in_float32(another, tmp_path):
     from puna.testing import write_tiny_preset
 
@@ -322,12 +334,14 @@ def test_training_all_weights_of_a_bfloat16_checkpoint_keeps_them_in_float32(ano
     assert finetune(settings).report["dtype"] == "mixed_bfloat16"
 
 
+@once
 def test_an_adapter_beside_quantized_weights(another):
     finished = finetune(another(quantization="int8", max_steps=2, epochs=None, eval_every=None))
     assert finished.model.quantization()
     assert (finished.directory / "adapter_model.safetensors").is_file()
 
 
+@once
 def test_a_merged_model_is_saved_where_asked(another):
     finished = finetune(another(save="merged", max_steps=2, epochs=None, eval_every=None))
     assert finished.directory.name == "model"
@@ -358,6 +372,7 @@ def test_rows_of_many_lengths_without_packing(another, tmp_path):
 # What is refused
 
 
+@once
 def test_other_settings_are_refused_by_name(another):
     settings = another()
     with pytest.raises(CrashError):
@@ -369,6 +384,7 @@ def test_other_settings_are_refused_by_name(another):
     finetune(another(save_every=7, keep_checkpoints=1))  # these change nothing of what is learned
 
 
+@once
 def test_other_rows_are_refused(another, tmp_path):
     data = write_rows(tmp_path / "rows.jsonl", 20)
     settings = another(data=str(data), eval_every=None)
@@ -379,6 +395,7 @@ def test_other_rows_are_refused(another, tmp_path):
         finetune(settings)
 
 
+@once
 def test_other_weights_are_refused(another, tmp_path):
     from puna.testing import write_tiny_preset
 
@@ -390,6 +407,7 @@ def test_other_weights_are_refused(another, tmp_path):
         finetune(settings)
 
 
+@once
 def test_restart_begins_anew_and_leaves_other_files(another):
     settings = another(eval_every=None)
     with pytest.raises(CrashError):
@@ -401,6 +419,7 @@ def test_restart_begins_anew_and_leaves_other_files(another):
     assert (Path(settings.out) / "notes.txt").read_text() == "mine"
 
 
+@once
 def test_a_directory_of_somebody_else_is_left_alone(another):
     settings = another()
     model = Path(settings.out) / "model"
@@ -410,6 +429,7 @@ def test_a_directory_of_somebody_else_is_left_alone(another):
     assert model.exists()
 
 
+@once
 def test_a_loss_that_is_no_number_ends_the_run(another):
     settings = another(learning_rate=1e30, clip_norm=0, eval_every=None, warmup=0, save_every=1)
     with pytest.raises(RunError, match=r"the loss of step \d+ is .*lower the learning rate"):
@@ -417,6 +437,7 @@ def test_a_loss_that_is_no_number_ends_the_run(another):
     assert all(np.isfinite(losses_of(settings)))
 
 
+@once
 @pytest.mark.parametrize("changes", [{"accumulate": 2}, {"remat": True}])
 def test_what_is_not_there_yet_is_refused(another, changes):
     with pytest.raises(ConfigError, match=f"{next(iter(changes))} is"):
@@ -426,6 +447,7 @@ def test_what_is_not_there_yet_is_refused(another, changes):
 # Trackers
 
 
+@once
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
 def test_a_tracker_that_is_not_installed_is_named(another, name, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, name, None)
@@ -434,6 +456,7 @@ def test_a_tracker_that_is_not_installed_is_named(another, name, monkeypatch):
         finetune(another(log=(name,)))
 
 
+@once
 def test_weights_and_biases_hears_of_each_step(another, monkeypatch):
     told, given = [], {}
 
@@ -459,6 +482,7 @@ def test_weights_and_biases_hears_of_each_step(another, monkeypatch):
     assert given["id"] == json.loads((Path(settings.out) / "settings.json").read_text())["id"]
 
 
+@once
 def test_tensorboard_gets_files(another):
     pytest.importorskip("tensorboard")
     settings = another(log="tensorboard", max_steps=2, epochs=None, eval_every=None)
@@ -467,6 +491,7 @@ def test_tensorboard_gets_files(another):
     shutil.rmtree(Path(settings.out) / "tensorboard")
 
 
+@once
 def test_the_curve_is_a_picture(another):
     pytest.importorskip("matplotlib")
     settings = another(max_steps=2, epochs=None, eval_every=None)

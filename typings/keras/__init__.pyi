@@ -2,6 +2,7 @@
 from keras import ops as ops
 from keras import utils as utils
 from keras.src import backend as backend
+from keras.src import callbacks as callbacks
 from keras.src import distribution as distribution
 from keras.src import dtype_policies as dtype_policies
 from keras.src import initializers as initializers
