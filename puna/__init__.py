@@ -17,12 +17,15 @@ if TYPE_CHECKING:
     from puna.checkpoint.upload import upload_preset
     from puna.config import LlamaConfig
     from puna.models import load_model
+    from puna.runs import FinetuneSettings, finetune
 
 # Each public name and the module that it comes from; a module stands for itself.
 _PUBLIC = {
     "ChatState": "puna.chat",
+    "FinetuneSettings": "puna.runs",
     "LlamaConfig": "puna.config",
     "errors": "puna.errors",
+    "finetune": "puna.runs",
     "load_model": "puna.models",
     "models": "puna.models",
     "samplers": "puna.samplers",
@@ -32,8 +35,10 @@ _PUBLIC = {
 
 __all__ = [
     "ChatState",
+    "FinetuneSettings",
     "LlamaConfig",
     "__version__",
+    "finetune",
     "load_model",
     "models",
     "samplers",

@@ -102,20 +102,20 @@ class RunFolder:
         Raises:
             RunError: something is not the same.
         """
-        identity = secrets.token_hex(4)
+        before: dict[str, Any] = {}
+        self.identity = secrets.token_hex(4)
         if self._file.exists():
             found = read_json(self._file)
-            before, identity = found.get("facts", {}), found.get("id", identity)
-            changed = [name for name in facts if facts[name] != before.get(name)]
+            before, self.identity = found.get("facts", {}), found.get("id", self.identity)
+            changed = [n for n in facts if n in before and facts[n] != before[n]]
             if changed:
-                told = "; ".join(f"{n} was {before.get(n)!r:.80}" for n in changed)
+                told = "; ".join(f"{n} was {before[n]!r:.80}" for n in changed)
                 raise RunError(
                     f"{self.root} holds a run that was about something else: {told}, and is "
                     f"{', '.join(f'{facts[n]!r:.80}' for n in changed)} now. {_ADVICE}"
                 )
-        self.identity = identity
-        settings = self._settings.to_dict()
-        write_json(self._file, {"id": identity, "settings": settings, "facts": dict(facts)})
+        told = {"settings": self._settings.to_dict(), "facts": before | dict(facts)}
+        write_json(self._file, {"id": self.identity, **told})
 
     def _check_settings(self) -> None:
         if not self._file.exists():

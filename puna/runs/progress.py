@@ -6,28 +6,38 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 _RECENT = 20  # steps by which the time left is reckoned
 _PAUSE = 10.0  # seconds between two lines, where there is no terminal
 
 
 class ProgressDisplay:
-    """A line that changes at a terminal; elsewhere a line now and then.
+    """A line that changes at a terminal; elsewhere a line now and then."""
 
-    Args:
-        total: steps of the run.
-    """
-
-    def __init__(self, total: int):
-        self._total = total
+    def __init__(self) -> None:
         self._console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
         self._seconds: deque[float] = deque(maxlen=_RECENT)
         self._last_line = 0.0
+        self._total = 0
         self._bar: Progress | None = None
+        self._task = TaskID(0)
+
+    def waiting(self, what: str) -> AbstractContextManager[Any]:
+        """Show at a terminal that something takes its time."""
+        return self._console.status(what) if self._console.is_terminal else nullcontext()
+
+    def begin(self, total: int) -> None:
+        """Be ready for steps.
+
+        Args:
+            total: steps of the run.
+        """
+        self._total = total
         if self._console.is_terminal:
             self._bar = Progress(
                 TextColumn("step {task.completed}/{task.total}"),
@@ -60,6 +70,7 @@ class ProgressDisplay:
         """Take the changing line away."""
         if self._bar is not None:
             self._bar.stop()
+            self._bar = None
 
     def _told(self, line: Mapping[str, Any]) -> str:
         told = [f"loss {line['loss']:.4f}", f"{line['tokens_per_second']:,.0f} tokens/s"]

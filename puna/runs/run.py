@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from puna.runs.settings import FinetuneSettings
 from puna.runs.stopping import Stop
 from puna.runs.trackers import trackers
 from puna.tuning.batches import TokenBatches
+from puna.tuning.text_data import TextData
 
 
 @dataclass
@@ -81,27 +81,26 @@ class Run:
     def go(self) -> Finished:
         """Train, and write what is to be left; or go on with it."""
         _refuse_what_is_not_there(self._settings)
-        folder = self._folder
-        with folder.claimed(self._restart), self._stop.listening():
+        folder, display = self._folder, ProgressDisplay()
+        with folder.claimed(self._restart):
             rows = data.read(self._settings)
             facts = {"backend": keras.backend.backend(), "data": data.digests(self._settings)}
             if folder.is_finished:
                 folder.identify(facts)
                 return Finished(folder.result, read_json(folder.report))
-            parts = self._prepared(rows)
-            folder.identify(
-                facts | {"weights": fingerprint(parts.model.config, _base(parts.model))}
-            )
-            state = self._state(parts.model)
-            with self._display(parts.total) as display:
-                self._train(parts, state, display)
-                return self._finish(parts, state, display)
+            with display.waiting(f"Loading {self._settings.preset}"):
+                model = _load(self._settings)
+            folder.identify(facts | {"weights": fingerprint(model.config, model.tensors())})
+            with display.waiting("Reading the rows"):
+                parts = self._prepared(model, *rows)
+            state = self._state(model)
+            self._train(parts, state, display)
+            return self._finish(parts, state, display)
 
-    def _prepared(self, rows: tuple[data.TextData, data.TextData | None]) -> _Parts:
+    def _prepared(self, model: Any, rows: TextData, held_out_rows: TextData | None) -> _Parts:
         """The model with its adapter, compiled, and the batches."""
         settings = self._settings
         keras.utils.set_random_seed(settings.seed)
-        model = _load(settings)
         if not settings.trains_all:
             targets = settings.target_modules
             model.enable_lora(
@@ -114,17 +113,17 @@ class Run:
             )
             if settings.save == "merged":
                 model.check_mergeable()
-        size = settings.batch_size
-        batches = rows[0].batches(model.preprocessor, size, shuffle=True)
-        held_out = None if rows[1] is None else rows[1].batches(model.preprocessor, size)
+        preprocessor, size = model.preprocessor, settings.batch_size
+        batches = rows.batches(preprocessor, size, shuffle=True)
+        told, held_out = {"train": data.facts(rows, batches)}, None
+        if held_out_rows is not None:
+            held_out = held_out_rows.batches(preprocessor, size)
+            told["eval"] = data.facts(held_out_rows, held_out)
         total = settings.steps(len(batches))
         schedule = Schedule.of(settings, total)
         model.compile(optimizer=_optimizer(settings, schedule))
         model.optimizer.build(model.trainable_variables)
         tell_step_loss(model)
-        told = {"train": data.facts(rows[0], batches)}
-        if rows[1] is not None and held_out is not None:
-            told["eval"] = data.facts(rows[1], held_out)
         return _Parts(model, batches, held_out, total, schedule, told)
 
     def _state(self, model: Any) -> RunState:
@@ -137,14 +136,6 @@ class Run:
         for file in (folder.metrics, folder.samples):
             file.cut(after=state.step if newest is not None else -1)
         return state
-
-    @contextlib.contextmanager
-    def _display(self, total: int) -> Iterator[ProgressDisplay]:
-        display = ProgressDisplay(total)
-        try:
-            yield display
-        finally:
-            display.close()
 
     def _train(self, parts: _Parts, state: RunState, display: ProgressDisplay) -> None:
         """All steps that are left."""
@@ -165,26 +156,35 @@ class Run:
         everyone = [recorder, *trackers(settings, self._folder), *self._callbacks]
         callbacks = OneTraining(everyone, model, epochs, len(batches))
         _introduce(parts, state, display)
+        display.begin(parts.total)
         try:
-            if state.step == 0:
-                recorder.begin()
-            while state.step < parts.total and not state.ended:
-                if self._stop.asked:
-                    raise self._stopped(state)
-                epoch, callbacks.start = divmod(state.step, len(batches))
-                model.fit(
-                    data.EpochBatches(batches, epoch, callbacks.start),
-                    initial_epoch=epoch,
-                    epochs=epoch + 1,
-                    callbacks=callbacks,
-                    shuffle=False,  # they have an order
-                    verbose=0,
-                )
-                state.ended |= model.stop_training and not self._stop.asked
+            with self._stop.listening():
+                if state.step == 0:
+                    recorder.begin()
+                while state.step < parts.total and not state.ended:
+                    if self._stop.asked:
+                        raise self._stopped(state)
+                    self._train_epoch(parts, state, callbacks)
         finally:
             callbacks.close()
+            display.close()
+
+    def _train_epoch(self, parts: _Parts, state: RunState, callbacks: OneTraining) -> None:
+        """What is left of an epoch, or as much as there is time for."""
+        epoch, callbacks.start = divmod(state.step, len(parts.batches))
+        parts.model.fit(
+            data.EpochBatches(parts.batches, epoch, callbacks.start),
+            initial_epoch=epoch,
+            epochs=epoch + 1,
+            callbacks=callbacks,
+            shuffle=False,  # they have an order
+            verbose=0,
+        )
+        state.ended |= parts.model.stop_training and not self._stop.asked
 
     def _stopped(self, state: RunState) -> StoppedError:
+        if state.step == 0:
+            return StoppedError("stopped before the first step; the same command begins again")
         return StoppedError(
             f"stopped after step {state.step}, with a checkpoint in {self._folder.root}; the same "
             "command goes on from there"
@@ -253,11 +253,6 @@ def _optimizer(settings: FinetuneSettings, schedule: Schedule) -> keras.optimize
     )
     optimizer.exclude_from_weight_decay(var_names=["norm", "bias"])
     return optimizer
-
-
-def _base(model: Any) -> dict[str, Any]:
-    """The weights of a model that has just been loaded."""
-    return model.tensors()
 
 
 def _introduce(parts: _Parts, state: RunState, display: ProgressDisplay) -> None:

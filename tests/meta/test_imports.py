@@ -24,6 +24,7 @@ ORDER = [
     "tuning",
     "models",
     "chat",
+    "runs",
     "testing",
     "cli",
     "__main__",

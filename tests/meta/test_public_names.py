@@ -8,8 +8,10 @@ pytestmark = pytest.mark.backend_free
 
 PUBLIC = [
     "ChatState",
+    "FinetuneSettings",
     "LlamaConfig",
     "__version__",
+    "finetune",
     "load_model",
     "models",
     "samplers",
