@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 VERBS = (
-    *("chat", "generate", "info", "tokenize", "convert", "quantize", "fuse", "upload"),
-    *("perplexity", "bench"),
+    *("chat", "generate", "info", "tokenize", "finetune", "convert", "quantize", "fuse"),
+    *("upload", "perplexity", "bench"),
 )
 TARGET = Path(__file__).with_name("cli.md")
 

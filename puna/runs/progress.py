@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.text import Text
 
 _RECENT = 20  # steps by which the time left is reckoned
 _PAUSE = 10.0  # seconds between two lines, where there is no terminal
@@ -64,7 +65,7 @@ class ProgressDisplay:
 
     def say(self, text: str, style: str = "") -> None:
         """Show a line that stays."""
-        self._console.print(text, style=style, markup=False)
+        self._console.print(Text(text, style=style))  # a style of `print` would be the bar's too
 
     def close(self) -> None:
         """Take the changing line away."""

@@ -60,6 +60,7 @@ def report(
         },
         "parameters_trained": trained,
         "dtype": model.dtype_policy.name,
+        "has_chat_template": bool(model.tokenizer.chat_templates),
         "tokens": state.tokens,
         "seconds": round(state.seconds, 2),
         "peak_memory": max(peaks, default=None),
@@ -88,7 +89,9 @@ def summary(finished: Finished) -> list[str]:
             f"last, {losses['eval_best']:.4f} at best; saved is step {steps['saved']:,}"
         )
     lines.append(f"written to {directory}. Next:")
-    lines.append(f"  puna chat {directory}")
-    if directory.name == "adapter":
-        lines.append(f"  puna convert {directory} --out ./merged   # a model of its own")
+    prompt = "" if told["has_chat_template"] else ' "Once upon a time"'
+    lines.append(f"  puna {'generate' if prompt else 'chat'} {directory}{prompt}")
+    if directory.name == "adapter" and told["settings"]["quantization"] is None:
+        base = told["settings"]["preset"]
+        lines.append(f"  puna convert {base} --adapter {directory} --out ./merged")
     return lines

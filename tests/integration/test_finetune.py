@@ -166,8 +166,11 @@ def test_run_json_tells_of_the_run(unbroken):
     assert told["data"]["eval"]["rows"] == 3
     assert told["versions"]["keras"] == keras.__version__
     assert told["seconds"] > 0
-    text = "\n".join(summary(finished))
-    assert f"puna chat {finished.directory}" in text
+    lines = summary(finished)
+    assert f"  puna chat {finished.directory}" in lines
+    assert (
+        f"  puna convert {settings.preset} --adapter {finished.directory} --out ./merged" in lines
+    )
 
 
 def test_checkpoints_are_adapters_and_the_newest_stay(unbroken):
