@@ -1,6 +1,6 @@
 # The two commands to know: `make demo` and `make test`. Each sets up what it needs.
 .DEFAULT_GOAL := help
-.PHONY: help demo test check soak fuzz clean
+.PHONY: help demo pirate test check soak fuzz clean
 
 # PyTorch's CPU wheel and the pinned tools are made for 3.11; any later Python runs the demo.
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
@@ -16,6 +16,7 @@ BACKENDS := jax torch tensorflow
 
 help:
 	@echo "make demo    load a small real model and ask it something"
+	@echo "make pirate  teach it to talk like a pirate: some minutes on a CPU"
 	@echo "make test    all checks and tests, on JAX, PyTorch and TensorFlow"
 	@echo "make check   format, lint, types, import direction, docstring examples"
 	@echo "make soak    the long acceptance runs"
@@ -37,6 +38,13 @@ $(VENV)/.dev: pyproject.toml $(KERNELS)
 
 demo: $(VENV)/.demo
 	KERAS_BACKEND=$${KERAS_BACKEND:-jax} $(BIN)/python examples/demo.py "$$($(BIN)/python -m tests.assets smollm2)"
+
+$(VENV)/.pirate: $(VENV)/.demo
+	$(BIN)/python -m pip install --quiet matplotlib
+	touch $@
+
+pirate: $(VENV)/.pirate
+	KERAS_BACKEND=$${KERAS_BACKEND:-jax} $(BIN)/python examples/pirate/pirate.py "$$($(BIN)/python -m tests.assets smollm2)" .cache/pirate
 
 test: check
 	$(BIN)/python -m tests.assets
