@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 class Packed(NamedTuple):
     """Small numbers with scales; the fields are arrays of the backend, or NumPy's."""
 
-    # int8 or float8_e4m3fn [out, in]; or uint8 [out, ceil(in / 2)], the even input in the lower half
+    # int8 or float8_e4m3fn [out, in]; uint8 [out, ceil(in / 2)], the even input in the lower half
     data: Any
     scale: Any  # [out, groups], float32 or half precision
     low: Any | None  # like scale: a weight is scale * q + low
