@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import keras
+
 from puna.runs import FinetuneSettings
+from puna.runs.lines import JsonLines
 from puna.testing import WORDS, write_tiny_preset
 
 
@@ -50,3 +56,43 @@ def tiny_run(directory: Path, *, rows: int = 20, **changes: Any) -> FinetuneSett
         "sequence_length": 64,
     }
     return FinetuneSettings(**(settings | changes))
+
+
+class At(keras.callbacks.Callback):
+    """Does something once a step is taken down."""
+
+    def __init__(self, step: int, action: Callable[[], Any]):
+        super().__init__()
+        self.step = step
+        self.action = action
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        if logs["step"] == self.step:
+            self.action()
+
+
+class CrashError(Exception):
+    """What a test ends a run with."""
+
+
+def crash() -> None:
+    raise CrashError
+
+
+def interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def lines_of(settings: FinetuneSettings) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl`."""
+    return JsonLines(Path(settings.out) / "metrics.jsonl").read()
+
+
+def losses_of(settings: FinetuneSettings) -> list[float]:
+    """The loss of each step."""
+    return [line["loss"] for line in lines_of(settings) if "loss" in line]
+
+
+def held_out_losses_of(settings: FinetuneSettings) -> dict[int, float]:
+    """The held-out losses by the steps after which they were measured."""
+    return {line["step"]: line["eval_loss"] for line in lines_of(settings) if "eval_loss" in line}

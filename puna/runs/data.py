@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,14 @@ class EpochBatches(keras.utils.PyDataset):
 
     def on_epoch_begin(self) -> None:
         self._has_begun = True
+
+
+def rows_by_file(*data: TextData) -> dict[str, int]:
+    """How many rows there are of each file."""
+    places = (
+        rows.where(place) for rows in (part.rows for part in data) for place in range(len(rows))
+    )
+    return dict(sorted(Counter(place.rpartition(", ")[0] for place in places).items()))
 
 
 def facts(data: TextData, batches: TokenBatches) -> dict[str, Any]:

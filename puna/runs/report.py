@@ -48,7 +48,7 @@ def report(
         "base": {"preset": base, "revision": revision},
         "settings": settings.to_dict(),
         "learning_rate": settings.rate,
-        "data": {"files": [*settings.data], "eval_files": [*settings.eval_data], **parts.rows},
+        "data": parts.rows,
         "steps": {"planned": parts.total, "done": state.step, "saved": used},
         "epochs": round(state.step / len(parts.batches), 4),
         "losses": {

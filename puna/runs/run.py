@@ -115,9 +115,14 @@ class Run:
                 model.check_mergeable()
         preprocessor, size = model.preprocessor, settings.batch_size
         batches = rows.batches(preprocessor, size, shuffle=True)
-        told, held_out = {"train": data.facts(rows, batches)}, None
+        told: dict[str, Any] = {
+            "files": data.rows_by_file(rows),
+            "train": data.facts(rows, batches),
+        }
+        held_out = None
         if held_out_rows is not None:
             held_out = held_out_rows.batches(preprocessor, size)
+            told["files"] = data.rows_by_file(rows, held_out_rows)
             told["eval"] = data.facts(held_out_rows, held_out)
         total = settings.steps(len(batches))
         schedule = Schedule.of(settings, total)
