@@ -56,6 +56,10 @@ class Uploads:
     def close(self) -> None:
         self._work.cleanup()
 
+    def forget(self, name: str) -> None:
+        """Forget the large files that a repository was sent."""
+        self._objects.pop(name, None)
+
     def answer(self, handler: Any, parts: list[str]) -> None:
         """Answer a question that is no GET."""
         value, method = json.loads, handler.command

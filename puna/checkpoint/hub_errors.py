@@ -19,8 +19,9 @@ from puna.errors import PresetError
 _ATTEMPTS, _FIRST_WAIT, _LONGEST_WAIT = 5, 0.5, 300.0
 # The Hub's way to say that no question is left, and in how many seconds there will be again.
 _RATE_LIMIT = re.compile(r";\s*r\s*=\s*0\s*;\s*t\s*=\s*(\d+)")
-# How the client's own notes of its own attempts begin, or go on.
+# What we say ourselves of an upload that changes nothing.
 _SAID_ANYWAY = "No files have been modified since last commit"
+# How the client's own notes of its own attempts begin, or go on.
 _CLIENTS_NOTES = ("HTTP Error ", "Retrying in ", "Rate limited", "Error while downloading from ")
 
 

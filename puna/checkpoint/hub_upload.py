@@ -24,7 +24,12 @@ from puna.checkpoint.hub_errors import (
     quiet_client,
     status_of,
 )
-from puna.checkpoint.hub_upload_errors import TOKENS, may_pass, upload_explained
+from puna.checkpoint.hub_upload_errors import (
+    TOKENS,
+    may_have_arrived,
+    may_pass,
+    upload_explained,
+)
 from puna.checkpoint.model_card import CARD, is_ours, placed, read_card
 from puna.checkpoint.preset_files import CHECKPOINT, matches
 from puna.checkpoint.publication import Publication
@@ -242,7 +247,7 @@ class _Upload:
         self, operations: list[Any], parent: str, error: BaseException
     ) -> str | None:
         """The commit's page, where only the answer was lost on its way."""
-        if not operations or not isinstance(error, Exception) or not may_pass(error):
+        if not may_have_arrived(error):
             return None
         try:
             info = self._info(self.branch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -40,6 +41,16 @@ def may_pass(error: BaseException) -> bool:
         status = _status(root)
         return status is None or status >= 500
     return not isinstance(root, Exception) or is_passing(root) or is_transport(root)
+
+
+def may_have_arrived(error: BaseException) -> bool:
+    """Whether the commit may have been made, though no answer has told so."""
+    if isinstance(error, KeyError | json.JSONDecodeError):  # the answer was none
+        return True
+    root, path = root_of(error), ""
+    with contextlib.suppress(AttributeError, RuntimeError):  # not all errors know their request
+        path = root.request.url.path  # type: ignore[attr-defined]
+    return "/commit/" in path and isinstance(root, Exception) and may_pass(root)
 
 
 @contextlib.contextmanager

@@ -248,6 +248,14 @@ def test_what_is_not_known_is_said(hub, saved, tmp_path):
     hub.fail("/api/models/me/pirate/revision/main", status=500)
     error = upload(hub, tmp_path / "home", "hf://me/pirate", saved)["error"]
     assert "(whether the commit has arrived is not known: see https://huggingface.co/" in error
+    # A commit that was never sent cannot have arrived, whether or not the Hub can be asked.
+    hub.forget()
+    hub.add("me/pirate", tmp_path, tokens=(TOKEN,))
+    hub.uploads.forget("me/pirate")
+    hub.fail("/take/*", method="PUT", after=1000)
+    hub.fail("/api/models/me/pirate/revision/main", times=1)
+    hub.fail("/api/models/me/pirate/revision/main", status=500)
+    assert upload(hub, tmp_path / "home", "hf://me/pirate", saved)["error"].endswith(ALONE)
 
 
 def test_somebody_who_commits_meanwhile_is_not_overrun(hub, saved, tmp_path):
