@@ -32,7 +32,11 @@ def weight(rng, kind, out, in_features, group=0, low=False, scale_dtype="float32
     def spread(a):
         return np.repeat(a.astype(np.float64), group, 1)[:, :in_features]
 
-    if kind == "int8":
+    if kind == "float8":
+        data = rng.integers(0, 256, (out, in_features)).astype(np.uint8)
+        data[data & 127 == 127] = 0  # what is no number is refused before
+        numbers = data = data.view(ml_dtypes.float8_e4m3fn)
+    elif kind == "int8":
         numbers = data = rng.integers(-128, 128, (out, in_features)).astype(np.int8)
     else:
         numbers = rng.integers(0, 16, (out, in_features)).astype(np.uint8)

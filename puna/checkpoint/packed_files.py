@@ -147,6 +147,9 @@ def from_file(
         numbers = numpy_dtype(scheme.number_dtype) if bits == 8 else np.int8
         data = _checked(name, WEIGHT, stored, matrix.shape, numbers)
         data = _two_to_a_byte(name, data) if bits == 4 else data
+        # Kernels know no such number.
+        if scheme.kind == "float" and np.any(data.view(np.uint8) & 127 == 127):
+            raise PresetError(f"{name}.{WEIGHT} holds NaN; fetch the checkpoint again")
     scale = stored[SCALE]
     if scale.size in (1, out) and scale.shape != matrix.scales and matrix.scales[1] == 1:
         scale = np.broadcast_to(scale.reshape(-1, 1), matrix.scales)

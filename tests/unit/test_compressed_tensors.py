@@ -303,6 +303,19 @@ def test_float8_of_other_dtypes_or_zeros_is_refused(tmp_path, end, dtype):
 
 
 @pytest.mark.backend_free
+@pytest.mark.parametrize("bits", [0x7F, 0xFF])
+def test_float8_that_is_no_number_is_refused(tmp_path, bits):
+    model = tiny_model(**SHAPE)
+    model.quantize("float8")
+    model.save_to_preset(tmp_path)
+    tensors = {name: array(variable) for name, variable in model.tensors().items()}
+    tensors["lm_head.weight"].view(np.uint8)[3, 5] = bits
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(PresetError, match="lm_head.weight holds NaN"):
+        CausalLM.from_preset(tmp_path)
+
+
+@pytest.mark.backend_free
 def test_a_quantized_checkpoint_takes_no_other_scheme(tmp_path):
     model = tiny_model(**SHAPE)
     model.quantize("int8")

@@ -62,12 +62,13 @@ def multiply_back(dy, arrays, in_features, group=0):
 
 
 @pytest.mark.backend_free
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16", "int8", "int4", "float8"])
 def test_products_and_their_gradients_equal_float64(kind, each_instruction_set):
     rng = np.random.default_rng(len(kind))
     quantized = kind in ("int8", "int4")
     for rows in (1, 2, 3, 4, 5, 7, 8, 9, 17, 100, 130):
         for out, in_features, group in SIZES + (SIXTEENS if kind == "int8" else []):
+            group = 0 if kind == "float8" else group
             for low in (False, True) if quantized and group != 16 else (False,):
                 half = list(FLOATS)[rng.integers(3)]
                 arrays, values = weight(rng, kind, out, in_features, group, low, half)
@@ -88,20 +89,21 @@ def test_products_and_their_gradients_equal_float64(kind, each_instruction_set):
 
 
 @pytest.mark.backend_free
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16", "int8", "int4", "float8"])
 def test_each_row_is_the_same_however_many_go_together(kind, each_instruction_set):
     rng = np.random.default_rng(1)
-    arrays, _ = weight(rng, kind, 97, 640, 64 if "int" in kind else 0)
+    group = 64 if "int" in kind else 0
+    arrays, _ = weight(rng, kind, 97, 640, group)
     x = rng.standard_normal((8, 640)).astype(np.float32)
-    (together,) = multiply(x, [arrays], 640, 64)
+    (together,) = multiply(x, [arrays], 640, group)
     for row in range(8):
-        (alone,) = multiply(x[row : row + 1], [arrays], 640, 64, threads=1)
+        (alone,) = multiply(x[row : row + 1], [arrays], 640, group, threads=1)
         np.testing.assert_array_equal(alone[0], together[row])
 
 
 @pytest.mark.backend_free
 @pytest.mark.parametrize("rows", [2, 40])
-@pytest.mark.parametrize("kind", ["bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["bfloat16", "int8", "int4", "float8"])
 def test_several_weights_in_one_call(kind, rows, each_instruction_set):
     rng = np.random.default_rng(2)
     (gate, gate_values), (up, up_values) = (weight(rng, kind, 97, 64) for _ in range(2))

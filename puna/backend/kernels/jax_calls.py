@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
-from puna.backend.kernels.library import FLOATS, PACKED, library
+from puna.backend.kernels.library import FLOATS, library
 from puna.backend.packed import Packed
 from puna.backend.protocol import BlockWeights, Tensor
 
@@ -58,8 +58,7 @@ def usable(x: Tensor, weights: Sequence[Weight], out_dtype: str) -> bool:
 def _kind(weight: Weight) -> tuple[str, int, bool] | None:
     """What weights of one call have in common; None for what no kernel takes."""
     if isinstance(weight, Packed):
-        dtype = weight.data.dtype.name
-        return (dtype, weight.group, weight.low is None) if dtype in PACKED else None
+        return (weight.data.dtype.name, weight.group, weight.low is None)
     return (weight.dtype.name, 0, True) if weight.dtype.name in FLOATS else None
 
 

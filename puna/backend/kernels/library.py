@@ -17,10 +17,9 @@ from puna.errors import BackendError
 VARIABLE = "PUNA_KERNELS"
 
 # The numbers of `src/kernels.h` for how numbers are stored.
-KINDS = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "uint8": 4}
+KINDS = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "uint8": 4, "float8_e4m3fn": 5}
 
 FLOATS = ("float32", "bfloat16", "float16")
-PACKED = ("int8", "uint8")  # of packed weights' numbers; no kernel takes float8
 
 # Up to so many tokens in all go through blocks in one call; `kFewRows` in `src/dispatch.h`.
 FEW_TOKENS = 8

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import tensorflow as tf
 
-from puna.backend.kernels.library import FLOATS, KINDS, PACKED, Matrix, Threads, library, matrix_of
+from puna.backend.kernels.library import FLOATS, KINDS, Matrix, Threads, library, matrix_of
 from puna.backend.memory import numpy_dtype
 from puna.backend.packed import Packed
 from puna.backend.protocol import Tensor
@@ -53,8 +53,7 @@ def usable(x: Tensor, weights: Sequence[Tensor | Packed], out_dtype: str) -> boo
 def _kind(weight: Tensor | Packed) -> tuple[str, int, bool] | None:
     """What weights of one call have in common; None for what no kernel takes."""
     if isinstance(weight, Packed):
-        dtype = tf.as_dtype(weight.data.dtype).name
-        return (dtype, weight.group, weight.low is None) if dtype in PACKED else None
+        return (tf.as_dtype(weight.data.dtype).name, weight.group, weight.low is None)
     return (weight.dtype.name, 0, True) if weight.dtype.name in FLOATS else None
 
 

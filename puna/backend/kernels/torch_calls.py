@@ -13,7 +13,6 @@ import torch
 from puna.backend.kernels.library import (
     FLOATS,
     KINDS,
-    PACKED,
     Attention,
     Block,
     Blocks,
@@ -28,7 +27,6 @@ from puna.errors import BackendError
 _KINDS = {getattr(torch, name): kind for name, kind in KINDS.items()}
 _POINTERS = [ctypes.c_void_p * count for count in range(9)]
 _FLOATS = tuple(getattr(torch, name) for name in FLOATS)
-_PACKED = tuple(getattr(torch, name) for name in PACKED)
 
 
 class _Prepared(NamedTuple):
@@ -74,8 +72,7 @@ def _kind(weight: torch.Tensor | Packed) -> tuple[torch.dtype, int, bool] | None
     if not all(a.is_cpu and a.is_contiguous() for a in _arrays(weight)):
         return None
     if isinstance(weight, Packed):
-        fits = weight.data.dtype in _PACKED
-        return (weight.data.dtype, weight.group, weight.low is None) if fits else None
+        return weight.data.dtype, weight.group, weight.low is None
     return (weight.dtype, 0, True) if weight.dtype in _FLOATS else None
 
 

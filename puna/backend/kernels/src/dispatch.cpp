@@ -65,8 +65,11 @@ char* at(void* data, int32_t kind, int64_t index) {
 const char* problem_of(const PunaMatrix& m) {
   if (m.data == nullptr || m.out < 1 || m.in < 1) return "a matrix is empty";
   if (is_float(m.kind)) return nullptr;
-  if (m.kind != PUNA_I8 && m.kind != PUNA_U4) return "a matrix is of no known kind";
+  if (m.kind != PUNA_I8 && m.kind != PUNA_U4 && m.kind != PUNA_F8)
+    return "a matrix is of no known kind";
   if (m.scale == nullptr || !is_float(m.scale_kind)) return "a quantized matrix has no scale";
+  if (m.kind == PUNA_F8 && (m.group < m.in || m.low != nullptr))
+    return "a matrix of float8 has more than a scale for each row";
   bool sixteen = m.group == 16 && m.kind == PUNA_I8 && m.low == nullptr;
   if (m.group < 1 || (m.group < m.in && m.group % 32 != 0 && !sixteen))
     return "a group is neither a multiple of 32 nor all inputs";
@@ -155,7 +158,8 @@ const KernelTable& kernels() { return *instructions().table; }
 int64_t row_bytes(const PunaMatrix& m) {
   switch (m.kind) {
     case PUNA_F32: return 4 * m.in;
-    case PUNA_I8: return m.in;
+    case PUNA_I8:
+    case PUNA_F8: return m.in;
     case PUNA_U4: return (m.in + 1) / 2;
     default: return 2 * m.in;
   }

@@ -91,9 +91,12 @@ PUNA_INLINE void floats_some(const PunaMatrix& m, const float* x, int64_t x_row,
     }
   }
   for (int r = 0; r < R; ++r) {
+    float scale = 1;
+    if constexpr (kScaled<Read>) scale = read_float(m.scale, m.scale_kind, out + r * apart);
     for (int i = 0; i < M; ++i) {
       float result = sum(total[r][i]);
       for (int64_t k = whole; k < m.in; ++k) result += readers[r].one(k) * x[i * x_row + k];
+      if constexpr (kScaled<Read>) result *= scale;
       y[i * y_stride + r * apart] = result;
     }
   }
@@ -190,6 +193,7 @@ inline void few(const PunaMatrix& m, const float* scratch, int64_t rows, int64_t
     case PUNA_F32: return few_all<ReadF32>(m, scratch, rows, begin, end, y, y_stride);
     case PUNA_BF16: return few_all<ReadBF16>(m, scratch, rows, begin, end, y, y_stride);
     case PUNA_F16: return few_all<ReadF16>(m, scratch, rows, begin, end, y, y_stride);
+    case PUNA_F8: return few_all<ReadF8>(m, scratch, rows, begin, end, y, y_stride);
     case PUNA_I8: return few_all<ReadI8>(m, scratch, rows, begin, end, y, y_stride);
     default: return few_all<ReadU4>(m, scratch, rows, begin, end, y, y_stride);
   }

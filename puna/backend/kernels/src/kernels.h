@@ -18,6 +18,7 @@ enum {
   PUNA_F16 = 2,
   PUNA_I8 = 3,  // a weight is scale * q, or scale * q + low
   PUNA_U4 = 4,  // two to a byte, the lower half first: scale * (q - 8), or scale * q + low
+  PUNA_F8 = 5,  // e4m3, a weight is scale * q; one scale for all inputs, and no infinity or NaN
 };
 
 typedef struct {

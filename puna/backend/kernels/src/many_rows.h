@@ -85,14 +85,17 @@ PUNA_INLINE void widen(const PunaMatrix& m, int64_t out, int64_t begin, int64_t 
   Read reader(m, out);
   int64_t whole = m.in / kStep * kStep, last = std::min(end, whole);
   if constexpr (!Read::kQuantized) {
+    float scale = 1;
+    if constexpr (kScaled<Read>) scale = read_float(m.scale, m.scale_kind, out);
     int64_t k = begin;
     for (; k < last; k += kStep) {
       Floats a, b;
       reader.step(k, a, b);
+      if constexpr (kScaled<Read>) a *= splat(scale), b *= splat(scale);
       store(to + k - begin, a);
       store(to + k - begin + kLanes, b);
     }
-    for (; k < end; ++k) to[k - begin] = reader.one(k);
+    for (; k < end; ++k) to[k - begin] = kScaled<Read> ? scale * reader.one(k) : reader.one(k);
     return;
   }
   int64_t groups = groups_of(m);
@@ -201,6 +204,7 @@ inline void many(const PunaMatrix& m, const float* packed, int64_t rows, int64_t
     case PUNA_F32: return many_of<ReadF32>(m, packed, rows, begin, end, y);
     case PUNA_BF16: return many_of<ReadBF16>(m, packed, rows, begin, end, y);
     case PUNA_F16: return many_of<ReadF16>(m, packed, rows, begin, end, y);
+    case PUNA_F8: return many_of<ReadF8>(m, packed, rows, begin, end, y);
     case PUNA_I8: return many_of<ReadI8>(m, packed, rows, begin, end, y);
     default: return many_of<ReadU4>(m, packed, rows, begin, end, y);
   }
@@ -250,6 +254,7 @@ inline void back(const PunaMatrix& m, const float* packed, int64_t rows, int64_t
     case PUNA_F32: return back_of<ReadF32>(m, packed, rows, begin, end, x);
     case PUNA_BF16: return back_of<ReadBF16>(m, packed, rows, begin, end, x);
     case PUNA_F16: return back_of<ReadF16>(m, packed, rows, begin, end, x);
+    case PUNA_F8: return back_of<ReadF8>(m, packed, rows, begin, end, x);
     case PUNA_I8: return back_of<ReadI8>(m, packed, rows, begin, end, x);
     default: return back_of<ReadU4>(m, packed, rows, begin, end, x);
   }

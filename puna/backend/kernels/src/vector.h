@@ -278,6 +278,23 @@ PUNA_INLINE Words bytes_to_words(const uint8_t* from) {
 #endif
 }
 
+// e4m3: a sign, 4 bits of exponent, 3 of mantissa, moved to where float32 has them. No step makes a
+// subnormal float32, which XLA's threads take for zero.
+PUNA_INLINE Floats float8_to_floats(const uint8_t* from) {
+  Words bytes = bytes_to_words(from);
+  Words tiny = Words((bytes & 0x78) == 0);  // their exponent is 1, and they lack its leading 1
+  Words bits = ((bytes & 0x7f) << 20) + (Words(splat(0x1p-7f)) + (tiny & 0x800000));
+  Floats size = Floats(bits) - Floats(tiny & Words(splat(0x1p-6f)));
+  return Floats(Words(size) | (bytes & 0x80) << 24);
+}
+
+PUNA_INLINE float from_float8(uint8_t byte) {
+  int exponent = byte >> 3 & 15, mantissa = byte & 7;
+  float size = exponent == 0 ? float(mantissa) * 0x1p-9f
+                             : float(8 + mantissa) * float(1 << exponent) * 0x1p-10f;
+  return byte & 0x80 ? -size : size;
+}
+
 // Floats [begin, begin + count) of any kind, as float32.
 PUNA_INLINE void read_floats(const void* from, int32_t kind, int64_t begin, int64_t count,
                              float* to) {

@@ -11,7 +11,8 @@ namespace PUNA_ISA {
 // Each reads a row of a matrix. `step` gives kStep weights from input k on, a multiple of kStep, as
 // two vectors. Where `kInterleaved`, the first has those of even inputs and the second those of odd
 // ones, as the halves of a word or of a byte come apart by themselves; else the first has those of
-// the first kLanes inputs. `one` gives a single weight. Quantized weights come without scale.
+// the first kLanes inputs. `one` gives a single weight. Quantized weights come without scale; where
+// `kScaled`, so do floats, which have one for the whole row.
 
 struct ReadF32 {
   static constexpr bool kInterleaved = false, kQuantized = false;
@@ -77,6 +78,21 @@ struct ReadU4 {
   }
   PUNA_INLINE float one(int64_t k) const { return row[k / 2] >> (k % 2 * 4) & 15; }
 };
+
+struct ReadF8 {
+  static constexpr bool kInterleaved = false, kQuantized = false;
+  const uint8_t* row = nullptr;
+  ReadF8() = default;
+  ReadF8(const PunaMatrix& m, int64_t out) : row(static_cast<const uint8_t*>(m.data) + out * m.in) {}
+  PUNA_INLINE void step(int64_t k, Floats& a, Floats& b) const {
+    a = float8_to_floats(row + k);
+    b = float8_to_floats(row + k + kLanes);
+  }
+  PUNA_INLINE float one(int64_t k) const { return from_float8(row[k]); }
+};
+
+template <typename Read>
+constexpr bool kScaled = std::is_same<Read, ReadF8>::value;
 
 // The input that stands at place i of a row whose steps are interleaved, up to the last whole step.
 PUNA_INLINE int64_t interleaved(int64_t i) {

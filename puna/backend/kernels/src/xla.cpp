@@ -80,6 +80,7 @@ int32_t kind_of(const Buffer& buffer) {
     case kF16: return PUNA_F16;
     case kS8: return PUNA_I8;
     case kU8: return PUNA_U4;
+    case kF8E4M3FN: return PUNA_F8;
     default: return -1;
   }
 }

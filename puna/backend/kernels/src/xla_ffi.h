@@ -10,7 +10,9 @@
 
 namespace puna::xla {
 
-enum DataType { kS8 = 2, kS32 = 4, kS64 = 5, kU8 = 6, kU16 = 7, kF16 = 10, kF32 = 11, kBF16 = 16 };
+enum DataType {
+  kS8 = 2, kS32 = 4, kS64 = 5, kU8 = 6, kU16 = 7, kF16 = 10, kF32 = 11, kBF16 = 16, kF8E4M3FN = 20
+};
 enum Stage { kExecute = 3 };
 enum Extension { kMetadata = 1 };
 
