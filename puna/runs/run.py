@@ -13,7 +13,7 @@ import keras
 from puna.backend.step_loss import tell_step_loss
 from puna.checkpoint.fingerprint import fingerprint
 from puna.checkpoint.json_file import read_json
-from puna.errors import ConfigError, StoppedError
+from puna.errors import StoppedError
 from puna.models import CausalLM
 from puna.models.presets import open_preset
 from puna.runs import checkpoints, curve, data
@@ -80,7 +80,6 @@ class Run:
 
     def go(self) -> Finished:
         """Train, and write what is to be left; or go on with it."""
-        _refuse_what_is_not_there(self._settings)
         folder, display = self._folder, ProgressDisplay()
         with folder.claimed(self._restart):
             rows = data.read(self._settings)
@@ -126,7 +125,7 @@ class Run:
             told["eval"] = data.facts(held_out_rows, held_out)
         total = settings.steps(len(batches))
         schedule = Schedule.of(settings, total)
-        model.compile(optimizer=_optimizer(settings, schedule))
+        model.compile(optimizer=_optimizer(settings, schedule), remat=settings.remat)
         model.optimizer.build(model.trainable_variables)
         tell_step_loss(model)
         return _Parts(model, batches, held_out, total, schedule, told)
@@ -213,19 +212,6 @@ class Run:
         told = report(settings, folder, parts, state, lines)
         write_json(folder.report, told)
         return Finished(folder.result, told, model)
-
-
-def _refuse_what_is_not_there(settings: FinetuneSettings) -> None:
-    if settings.accumulate > 1:
-        raise ConfigError(
-            f"accumulate is {settings.accumulate}, and gradients are not accumulated yet; raise "
-            "batch_size as far as memory allows"
-        )
-    if settings.remat:
-        raise ConfigError(
-            "remat is true, and activations are not computed again yet; lower batch_size or "
-            "sequence_length"
-        )
 
 
 def _load(settings: FinetuneSettings) -> Any:

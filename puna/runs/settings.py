@@ -190,15 +190,6 @@ class FinetuneSettings:
     batch_size: Annotated[
         int, Flag(help="Sequences of a step.", panel=_TRAINING, metavar="N", least=1)
     ] = 8
-    accumulate: Annotated[
-        int,
-        Flag(
-            help="Steps whose gradients are added up before the weights change.",
-            panel=_TRAINING,
-            metavar="N",
-            least=1,
-        ),
-    ] = 1
     remat: Annotated[
         bool,
         Flag(

@@ -311,7 +311,7 @@ def test_float8_that_is_no_number_is_refused(tmp_path, bits):
     tensors = {name: array(variable) for name, variable in model.tensors().items()}
     tensors["lm_head.weight"].view(np.uint8)[3, 5] = bits
     safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(PresetError, match="lm_head.weight holds NaN"):
+    with pytest.raises(PresetError, match=r"lm_head\.weight holds NaN"):
         CausalLM.from_preset(tmp_path)
 
 

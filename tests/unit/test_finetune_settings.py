@@ -48,7 +48,6 @@ OTHERS = {
     "epochs": 7,
     "max_steps": 9,
     "batch_size": 3,
-    "accumulate": 2,
     "remat": True,
     "learning_rate": 1e-3,
     "schedule": "linear",
