@@ -115,11 +115,11 @@ class ModelCard:
             tokenizer: the one that is saved with it.
             schemes: how matrices are quantized, under their names.
         """
-        bits = Counter(scheme.bits for scheme in schemes.values()).most_common(1)
+        names = Counter(scheme.name for scheme in schemes.values()).most_common(1)
         return dataclasses.replace(
             self,
             is_chat=tokenizer is not None and bool(tokenizer.chat_templates),
-            quantization=f"int{bits[0][0]}" if bits else None,
+            quantization=names[0][0] if names else None,
             opens_in_transformers=_EMBEDDING not in schemes,
         )
 

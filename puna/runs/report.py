@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import keras
 
 from puna import machine
+from puna.checkpoint.model_card import ModelCard
 from puna.runs.callbacks import RunState
 from puna.runs.folder import RunFolder
 from puna.runs.progress import duration
@@ -75,6 +78,33 @@ def report(
     }
 
 
+def card_of(card: ModelCard, told: Mapping[str, Any]) -> ModelCard:
+    """The model's card with what a report tells of its training."""
+    settings, losses = told["settings"], told["losses"]
+    measured = {
+        "loss of the first step": losses["first"],
+        "loss of the last step": losses["last"],
+        "held-out loss before": losses["eval_first"],
+        "held-out loss after": losses["eval_best"]
+        if settings["early_stopping"]
+        else losses["eval_last"],
+    }
+    names = ("method", "rank", "alpha", "dropout", "rslora", "quantization", "batch_size")
+    names += ("sequence_length", "packing", "loss_on", "schedule", "warmup", "weight_decay")
+    names += ("clip_norm", "seed")
+    if settings["method"] == "full":
+        names = tuple(n for n in names if n not in ("rank", "alpha", "dropout", "rslora"))
+    own = {n.replace("_", " "): settings[n] for n in names if settings[n] is not None}
+    steps = {"steps": told["steps"]["saved"], "learning rate": told["learning_rate"]}
+    return dataclasses.replace(
+        card,
+        data={Path(name).name: rows for name, rows in told["data"]["files"].items()},
+        hyperparameters=own | steps,
+        metrics={name: number for name, number in measured.items() if number is not None},
+        curve=told["curve"],
+    )
+
+
 def summary(finished: Finished) -> list[str]:
     """A run in a few lines, and what to do next."""
     told, directory = finished.report, finished.directory
@@ -93,5 +123,5 @@ def summary(finished: Finished) -> list[str]:
     lines.append(f"  puna {'generate' if prompt else 'chat'} {directory}{prompt}")
     if directory.name == "adapter" and told["settings"]["quantization"] is None:
         base = told["settings"]["preset"]
-        lines.append(f"  puna convert {base} --adapter {directory} --out ./merged")
+        lines.append(f"  puna fuse {base} --adapter {directory} --out ./merged")
     return lines

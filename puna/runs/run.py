@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from puna.runs import checkpoints, curve, data
 from puna.runs.callbacks import OneTraining, Recorder, RunState
 from puna.runs.folder import RunFolder, write_json
 from puna.runs.progress import ProgressDisplay
-from puna.runs.report import report
+from puna.runs.report import card_of, report
 from puna.runs.schedule import Schedule
 from puna.runs.settings import FinetuneSettings
 from puna.runs.stopping import Stop
@@ -199,17 +200,20 @@ class Run:
         settings, folder, model = self._settings, self._folder, parts.model
         if settings.early_stopping and state.best_step not in (None, state.step):
             checkpoints.restore_weights(model, folder.checkpoints.at(state.best_step))
-        if settings.trains_all:
-            model.save_to_preset(folder.result)
-        else:
-            wanted = "only" if settings.save == "adapter" else "merged"
-            model.save_to_preset(folder.result, adapter=wanted)
         lines = folder.metrics.read()
         if curve.can_draw():
             curve.draw(lines, folder.curve)
         else:
             display.say("no loss.png: matplotlib is not installed; pip install 'puna[train]'")
         told = report(settings, folder, parts, state, lines)
+        model.card = card_of(model.card, told)
+        if settings.trains_all:
+            model.save_to_preset(folder.result)
+        else:
+            wanted = "only" if settings.save == "adapter" else "merged"
+            model.save_to_preset(folder.result, adapter=wanted)
+        if told["curve"]:
+            shutil.copy(folder.curve, folder.result / folder.curve.name)
         write_json(folder.report, told)
         return Finished(folder.result, told, model)
 

@@ -1,6 +1,7 @@
 """Whole runs of `puna.runs.finetune` on a tiny preset: what they leave, and how they go on."""
 
 import json
+import re
 import signal
 from pathlib import Path
 
@@ -136,9 +137,18 @@ def test_run_json_tells_of_the_run(unbroken):
     assert told["seconds"] > 0
     lines = summary(finished)
     assert f"  puna chat {finished.directory}" in lines
-    assert (
-        f"  puna convert {settings.preset} --adapter {finished.directory} --out ./merged" in lines
-    )
+    assert f"  puna fuse {settings.preset} --adapter {finished.directory} --out ./merged" in lines
+
+
+def test_the_model_card_tells_of_the_training(unbroken):
+    settings, finished = unbroken
+    card = (finished.directory / "README.md").read_text(encoding="utf-8")
+    assert f"| {Path(settings.data[0]).name} | 34 |" in card
+    assert re.search(rf"\| learning.rate \| {settings.rate:g} \|", card)
+    after = re.search(r"\| held-out loss after \| ([\d.]+) \|", card)
+    assert after
+    assert float(after[1]) == pytest.approx(finished.report["losses"]["eval_last"], 1e-3)
+    assert ("loss.png" in card) == (finished.directory / "loss.png").exists()
 
 
 def test_checkpoints_are_adapters_and_the_newest_stay(unbroken):
