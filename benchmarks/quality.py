@@ -5,7 +5,7 @@ Usage:
         [--engine puna-float32 ...] [--window 512] [--peer-python llama.cpp=PYTHON]
 
 CHECKPOINT is a Hugging Face directory in float32 with a tokenizer, such as
-`python -m benchmarks.fine_tune` makes; without --text, the text is the last chapters of a novel.
+`python -m benchmarks.leave_grid` makes; without --text, the text is the last chapters of a novel.
 All engines predict the same tokens from the same windows, each of which begins with the last token
 of the one before, as `puna perplexity` has it. Puna runs on Keras's backend, and rounds symmetric
 matrices while it loads: int8 for each row, int4 for each 32 inputs; the embedding too. llama.cpp

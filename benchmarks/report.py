@@ -23,7 +23,8 @@ HEAD = """# Benchmarks
 | `load CHECKPOINT` | how long a checkpoint takes to load, and how much memory |
 | `kernels` | how fast the native products are, beside a plain read and torch's |
 | `quality CHECKPOINT` | how well models predict a text, rounded or not, and the peers |
-| `fine_tune DIR` | trains SmolLM2 until its weights have left their 4-bit grid |
+| `finetune CHECKPOINT` | how fast a LoRA is trained, and in how much memory |
+| `leave_grid DIR` | trains SmolLM2 until its weights have left their 4-bit grid |
 | `checkpoints DIR` | makes a checkpoint of a real shape with random weights |
 | `gguf_file CHECKPOINT FILE` | makes the GGUF file of a checkpoint, for llama.cpp |
 | `report RESULTS.json...` | this page |

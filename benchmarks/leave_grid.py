@@ -1,6 +1,6 @@
 """A float32 checkpoint whose weights lie on no grid, for measuring what rounding does to a model.
 
-Usage: python -m benchmarks.fine_tune DIRECTORY [--gguf FILE] [--text FILE]
+Usage: python -m benchmarks.leave_grid DIRECTORY [--gguf FILE] [--text FILE]
 
 A file in Q4_1 has at most 16 values in each group of 32 weights, so that rounding them to 4 bits
 again says little. This trains all weights, in float32, with AdamW on a text; without arguments on
