@@ -10,6 +10,7 @@ import keras
 from keras import ops
 
 from puna import backend, samplers
+from puna.backend import build
 from puna.backend.protocol import Tensor
 from puna.errors import ConfigError
 from puna.tuning.data import Preprocessed
@@ -75,6 +76,9 @@ class Trainable:
             weighted_metrics = None
         elif weighted_metrics == AUTO:
             weighted_metrics = [keras.metrics.SparseCategoricalAccuracy(name="accuracy")]
+        for variable in self._right.variables:
+            if not build.is_initialized(variable):  # the model was made to be loaded
+                build.initialize_at_random(variable)
         model.sampler = samplers.get(sampler)
         model.backbone.remat = remat
         super().compile(  # type: ignore[misc]
