@@ -7,7 +7,8 @@ Usage:
 
 Each figure is of a process of its own, the engines in turn. All train adapters beside queries and
 values with Adam, on the same tokens, each of which has a label. A system that is not installed is
-skipped. An engine's name ends with the dtype of what is frozen; "-remat" computes blocks again.
+skipped. An engine's name tells the dtype of what is frozen, "int8" that it is quantized beside
+bfloat16; "-remat" computes blocks again.
 
 tokens/s: of the median step, after two that are not counted.
 peak: the largest resident size of the process, GB.
@@ -32,8 +33,9 @@ import numpy as np
 from benchmarks.peers import NOT_INSTALLED, note, peer_of, python_of
 
 ENGINES = (
-    "puna-torch-bfloat16", "puna-torch-float32", "puna-torch-bfloat16-remat",
-    "puna-jax-bfloat16", "puna-jax-float32", "puna-jax-bfloat16-remat",
+    "puna-torch-int8", "puna-torch-bfloat16", "puna-torch-float32",
+    "puna-torch-int8-remat", "puna-torch-bfloat16-remat",
+    "puna-jax-int8", "puna-jax-bfloat16", "puna-jax-float32", "puna-jax-int8-remat",
     "peft-float32", "peft-bfloat16", "keras-hub-jax-float32",
 )  # fmt: skip
 UNCOUNTED = 2
@@ -46,7 +48,9 @@ def puna(checkpoint: Path, dtype: str, rank: int, remat: bool) -> Step:
 
     from puna.models import Llama3CausalLM
 
-    model = Llama3CausalLM.from_preset(checkpoint, dtype=dtype)
+    quantization = dtype if dtype == "int8" else "none"
+    dtype = "bfloat16" if dtype == "int8" else dtype
+    model = Llama3CausalLM.from_preset(checkpoint, dtype=dtype, quantization=quantization)
     model.enable_lora(rank, target_modules=["q_proj", "v_proj"])
     model.compile(optimizer=keras.optimizers.Adam(1e-4), remat=remat)
 
@@ -102,7 +106,7 @@ def keras_hub(checkpoint: Path, dtype: str, rank: int) -> Step:
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """What a process says of its engine."""
     engine, checkpoint, rank = arguments.worker, arguments.checkpoint, arguments.rank
-    dtype = "float32" if "float32" in engine else "bfloat16"
+    dtype = next(name for name in ("float32", "int8", "bfloat16") if name in engine)
     if engine.startswith("puna"):
         step = puna(checkpoint, dtype, rank, engine.endswith("remat"))
     else:

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from puna.backend.kernels import torch_calls
+
 Head = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -81,8 +83,11 @@ def _cross_entropy(
     logits_RV: torch.Tensor, labels_R: torch.Tensor, weights_R: torch.Tensor, into: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Weighted sums of losses and of right guesses; with `into`, logits become their gradient."""
-    highest_R = logits_RV.max(dim=-1).values
     label_R = logits_RV.gather(1, labels_R[:, None])[:, 0]
+    if (done := torch_calls.cross_entropy(logits_RV, labels_R, weights_R, into)) is not None:
+        losses_R, highest_R = done
+        return losses_R.sum(), ((label_R >= highest_R) * weights_R).sum()
+    highest_R = logits_RV.max(dim=-1).values
     right = ((label_R >= highest_R) * weights_R).sum()
     total_R = torch.logsumexp(logits_RV, dim=-1)
     loss = ((total_R - label_R) * weights_R).sum()

@@ -85,7 +85,10 @@ def test_products_and_their_gradients_equal_float64(kind, each_instruction_set):
                 dy = rng.standard_normal((rows, out)).astype(FLOATS[half])
                 exact = dy.astype(np.float64)
                 error = np.abs(multiply_back(dy, arrays, in_features, group) - exact @ values)
-                assert (error <= FLOAT_BOUND * (np.abs(exact) @ sizes) + 1e-30).all()
+                # A scale of some inputs alone leaves the transposed product to floats.
+                whole = whole and kind == "int8" and not low and not group
+                bound = WHOLE_BOUND if whole else FLOAT_BOUND
+                assert (error <= bound * (np.abs(exact) @ sizes) + 1e-30).all()
 
 
 @pytest.mark.backend_free

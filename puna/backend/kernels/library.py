@@ -144,10 +144,17 @@ def library() -> ctypes.CDLL | None:
     loaded.puna_attention.restype = ctypes.c_char_p
     loaded.puna_blocks.argtypes = [pointer, pointer]
     loaded.puna_blocks.restype = ctypes.c_char_p
-    loaded.puna_rms_norm.argtypes = [
-        pointer, number, pointer, number, ctypes.c_float, integer, integer, pointer,
+    norm = [pointer, pointer, number, pointer, number, ctypes.c_float, integer, integer, pointer]
+    loaded.puna_rms_norm.argtypes, loaded.puna_rms_norm.restype = norm, None
+    loaded.puna_rms_norm_back.argtypes, loaded.puna_rms_norm_back.restype = [*norm, pointer], None
+    loaded.puna_gate_back.argtypes = [
+        pointer, pointer, pointer, pointer, number, integer, pointer, pointer,
     ]  # fmt: skip
-    loaded.puna_rms_norm.restype = None
+    loaded.puna_gate_back.restype = ctypes.c_char_p
+    loaded.puna_cross_entropy.argtypes = [
+        pointer, pointer, integer, integer, pointer, pointer, number, pointer, pointer,
+    ]  # fmt: skip
+    loaded.puna_cross_entropy.restype = ctypes.c_char_p
     loaded.puna_read.argtypes = [pointer, pointer, integer]
     loaded.puna_read.restype = ctypes.c_uint64
     loaded.puna_instructions.restype = ctypes.c_char_p

@@ -82,9 +82,11 @@ def linears(
     """`x` [..., in] times the transpose of each weight [out, in]; None where torch shall do it."""
     if (prepared := _usable(x, weights, out_dtype)) is None:
         return None
-    if _wants_gradients(x, *weights):
-        return tuple(_apply(x, weight, out_dtype) for weight in weights)
-    return _call(x, prepared, out_dtype)
+    if not _wants_gradients(x, *weights):
+        return _call(x, prepared, out_dtype)
+    if _wants_gradients(*weights):
+        return tuple(_Linear.apply(x, weight, out_dtype) for weight in weights)
+    return _Frozen.apply(x, out_dtype, weights)
 
 
 def gated(
@@ -96,10 +98,11 @@ def gated(
     """`silu(x · gate) · (x · up)`, in one call where no gradient is wanted; else as `linears`."""
     if (prepared := _usable(x, (gate, up), out_dtype)) is None:
         return None
-    if _wants_gradients(x, gate, up):
-        gate_out, up_out = (_apply(x, weight, out_dtype) for weight in (gate, up))
-        return torch.nn.functional.silu(gate_out) * up_out
-    return _call(x, prepared, out_dtype, gated=True)[0]
+    if not _wants_gradients(x, gate, up):
+        return _call(x, prepared, out_dtype, gated=True)[0]
+    results = linears(x, (gate, up), out_dtype)
+    assert results is not None  # `_usable` has seen it
+    return _Gated.apply(*results)
 
 
 def _usable(
@@ -117,12 +120,6 @@ def _wants_gradients(*tensors: torch.Tensor | Packed) -> bool:
     return torch.is_grad_enabled() and any(
         not isinstance(tensor, Packed) and tensor.requires_grad for tensor in tensors
     )
-
-
-def _apply(x: torch.Tensor, weight: torch.Tensor | Packed, out_dtype: torch.dtype) -> torch.Tensor:
-    if isinstance(weight, Packed):
-        return _PackedLinear.apply(x, weight, out_dtype)
-    return _Linear.apply(x, weight, out_dtype)
 
 
 class _Linear(torch.autograd.Function):
@@ -143,17 +140,51 @@ class _Linear(torch.autograd.Function):
         return dx, dw, None
 
 
-class _PackedLinear(torch.autograd.Function):
-    """The weights are frozen: only the gradient by the rows is needed."""
+class _Frozen(torch.autograd.Function):
+    """Products with weights that are not trained: only the gradient by the rows is needed."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: Packed, out_dtype: torch.dtype):
-        ctx.weight, ctx.dtype = weight, x.dtype
-        return _alone(x, weight, out_dtype)
+    def forward(ctx: Any, x: torch.Tensor, out_dtype: torch.dtype, weights: Any):
+        ctx.weights, ctx.dtype = weights, x.dtype
+        prepared = _prepare(weights)
+        assert prepared is not None  # `_usable` has seen it
+        return _call(x, prepared, out_dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *changes: torch.Tensor | None):
+        dx = None
+        for dy, weight in zip(changes, ctx.weights, strict=True):
+            if dy is None:
+                continue
+            if isinstance(weight, Packed):  # as the rows were: of float32, it would be more work
+                dy = dy.to(ctx.dtype)
+            more = _transposed(dy.contiguous(), weight, ctx.dtype)
+            dx = more if dx is None else dx.add_(more)
+        return dx, None, None
+
+
+class _Gated(torch.autograd.Function):
+    """`silu(gate) · up`, whose gradients need no more than these two."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor):
+        ctx.save_for_backward(gate, up)
+        return torch.nn.functional.silu(gate).mul_(up)
 
     @staticmethod
     def backward(ctx: Any, *changes: torch.Tensor):
-        return _transposed(changes[0].contiguous(), ctx.weight, ctx.dtype), None, None
+        loaded = library()
+        assert loaded is not None
+        gate, up = ctx.saved_tensors
+        dy = changes[0].contiguous()
+        d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
+        why = loaded.puna_gate_back(
+            _threads(torch.get_num_threads()), gate.data_ptr(), up.data_ptr(), dy.data_ptr(),
+            _KINDS[gate.dtype], gate.numel(), d_gate.data_ptr(), d_up.data_ptr(),
+        )  # fmt: skip
+        if why is not None:
+            raise BackendError(why.decode())
+        return d_gate, d_up
 
 
 def _alone(x: torch.Tensor, weight: torch.Tensor | Packed, out_dtype: torch.dtype) -> torch.Tensor:
@@ -208,26 +239,76 @@ def _matrix(weight: torch.Tensor | Packed) -> Matrix:
     return Matrix(data, scale, low, out_features, in_features, weight.group, *kinds)
 
 
-# Up to so many numbers are normalised here; more, by torch's threads.
-_MOST_NUMBERS = 1 << 15
-
-
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor | None:
     """See `BackendOps.rms_norm`; None where torch shall do it."""
     if (
-        x.numel() > _MOST_NUMBERS
-        or not _takes(x, weight)
+        not _takes(x, weight)
         or not x.is_contiguous()
-        or (loaded := library()) is None
-        or _wants_gradients(x, weight)
+        or library() is None
+        or torch._C._functorch.peek_interpreter_stack()  # type: ignore[attr-defined]
+        or _wants_gradients(weight)
     ):
         return None
-    y, width = torch.empty_like(x), x.shape[-1]
-    loaded.puna_rms_norm(
-        x.data_ptr(), _KINDS[x.dtype], weight.data_ptr(), _KINDS[weight.dtype], epsilon,
-        x.numel() // width, width, y.data_ptr(),
+    if _wants_gradients(x):
+        return _Norm.apply(x, weight, epsilon)
+    return _norm(x, weight, epsilon)
+
+
+def _norm(
+    x: torch.Tensor, weight: torch.Tensor, epsilon: float, dy: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`x` normalised, or with a change `dy` of that, what it asks of `x`."""
+    loaded = library()
+    assert loaded is not None
+    result, width = torch.empty_like(x), x.shape[-1]
+    call = loaded.puna_rms_norm if dy is None else loaded.puna_rms_norm_back
+    call(
+        _threads(torch.get_num_threads()), x.data_ptr(), _KINDS[x.dtype], weight.data_ptr(),
+        _KINDS[weight.dtype], epsilon, x.numel() // width, width,
+        *(() if dy is None else (dy.data_ptr(),)), result.data_ptr(),
     )  # fmt: skip
-    return y
+    return result
+
+
+class _Norm(torch.autograd.Function):
+    """`rms_norm` with a weight that is not trained."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float):
+        ctx.save_for_backward(x, weight)
+        ctx.epsilon = epsilon
+        return _norm(x, weight, epsilon)
+
+    @staticmethod
+    def backward(ctx: Any, *changes: torch.Tensor):
+        x, weight = ctx.saved_tensors
+        return _norm(x, weight, ctx.epsilon, changes[0].contiguous()), None, None
+
+
+def cross_entropy(
+    logits_RV: torch.Tensor, labels_R: torch.Tensor, weights_R: torch.Tensor, gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Each row's loss times its weight, and its greatest logit; None where torch shall do it.
+
+    With `gradient`, the float32 logits become the losses' gradients; else they are lost.
+    """
+    if (
+        not _takes(logits_RV)
+        or logits_RV.dtype is not torch.float32
+        or not logits_RV.is_contiguous()
+        or (loaded := library()) is None
+    ):
+        return None
+    R, V = logits_RV.shape
+    labels_R, weights_R = labels_R.long().contiguous(), weights_R.float().contiguous()
+    losses_R, highest_R = (torch.empty(R, dtype=torch.float32) for _ in range(2))
+    why = loaded.puna_cross_entropy(
+        _threads(torch.get_num_threads()), logits_RV.data_ptr(), R, V, labels_R.data_ptr(),
+        weights_R.data_ptr(), gradient, losses_R.data_ptr(), highest_R.data_ptr(),
+    )  # fmt: skip
+    if why is not None:
+        raise BackendError(why.decode())
+    return losses_R, highest_R
 
 
 # Up to so many new tokens of a row are attended to by the kernel; more, as torch does it.

@@ -15,9 +15,10 @@ namespace {
 constexpr int64_t kChunkBytes = 128 << 10;
 // Many rows: so many at once, whose inputs stay in the second cache, and so many results a chunk.
 constexpr int64_t kRowsAtOnce = 256;
-constexpr int64_t kManyResults = 48;
+constexpr int64_t kManyResults = 96;
 // The transposed product: inputs of a chunk, a multiple of every step.
 constexpr int64_t kBackInputs = 96;
+constexpr int64_t kNumbers = 16 << 10;  // that a thread changes at a time, one by one
 constexpr int64_t kMostTile = 32;  // rows of a tile, with the longest vectors
 
 struct Named {
@@ -96,6 +97,18 @@ void finish_rows(const KernelTable& kernels, const float* values, const float* u
       kernels.finish(turned[0] + j * kMost, ups == nullptr ? nullptr : turned[1] + j * kMost, count,
                      to, kind, at + (first + j) * apart, false);
   }
+}
+
+// Calls `body(row)` for rows of `width` numbers; few of them are left to this thread alone.
+template <typename Body>
+void each_row(const PunaThreads& threads, int64_t rows, int64_t width, Body body) {
+  int64_t together = std::max<int64_t>(1, kNumbers / width);
+  auto some = [&](int64_t chunk) {
+    for (int64_t row = chunk * together; row < std::min(rows, (chunk + 1) * together); ++row)
+      body(row);
+  };
+  if (rows <= together) return some(0);
+  parallel(threads, chunks(rows, together), some);
 }
 
 struct Call {
@@ -230,14 +243,14 @@ const char* puna_linear_transposed(const PunaThreads* threads, const void* y, in
   for (int64_t row = 0; row < rows; row += kRowsAtOnce) {
     int64_t here = std::min(kRowsAtOnce, rows - row);
     int64_t tiles = chunks(here, kernels.tile), stride = tiles * kernels.tile;
-    float* scratch = prepared.floats(kernels.back_scratch(m, here));
+    float* scratch = prepared.floats(kernels.back_scratch(m, y_kind, here));
     const void* from = at(const_cast<void*>(y), y_kind, row * m.out);
     parallel(*threads, tiles,
              [&](int64_t tile) { kernels.back_pack(m, from, y_kind, here, tile, scratch); });
     parallel(*threads, chunks(m.in, kBackInputs), [&](int64_t chunk) {
       int64_t begin = chunk * kBackInputs, end = std::min(m.in, begin + kBackInputs);
       float* values = computed.floats(kBackInputs * stride);
-      kernels.back(m, scratch, here, begin, end, values);
+      kernels.back(m, y_kind, scratch, here, begin, end, values);
       finish_rows(kernels, values, nullptr, here, end - begin, x, x_kind, row * m.in + begin, m.in);
     });
   }
@@ -258,10 +271,47 @@ const char* puna_attention(const PunaThreads* threads, const PunaAttention* atte
   return nullptr;
 }
 
-void puna_rms_norm(const void* x, int32_t kind, const void* weight, int32_t weight_kind,
-                   float epsilon, int64_t rows, int64_t width, void* y) {
+void puna_rms_norm(const PunaThreads* threads, const void* x, int32_t kind, const void* weight,
+                   int32_t weight_kind, float epsilon, int64_t rows, int64_t width, void* y) {
+  const KernelTable& kernels = *instructions().table;
+  each_row(*threads, rows, width, [&](int64_t row) {
+    kernels.rms_norm(x, kind, weight, weight_kind, epsilon, width, row * width, y);
+  });
+}
+
+void puna_rms_norm_back(const PunaThreads* threads, const void* x, int32_t kind,
+                        const void* weight, int32_t weight_kind, float epsilon, int64_t rows,
+                        int64_t width, const void* y_change, void* x_change) {
+  const KernelTable& kernels = *instructions().table;
+  each_row(*threads, rows, width, [&](int64_t row) {
+    kernels.rms_norm_back(x, kind, weight, weight_kind, epsilon, width, row * width, y_change,
+                          x_change);
+  });
+}
+
+const char* puna_gate_back(const PunaThreads* threads, const void* gate, const void* up,
+                           const void* change, int32_t kind, int64_t count, void* gate_change,
+                           void* up_change) {
+  if (!is_float(kind)) return "gate and up are floats";
+  const KernelTable& kernels = *instructions().table;
+  parallel(*threads, chunks(count, kNumbers), [&](int64_t chunk) {
+    int64_t begin = chunk * kNumbers, end = std::min(count, begin + kNumbers);
+    kernels.gate_back(gate, up, change, kind, begin, end, gate_change, up_change);
+  });
+  return nullptr;
+}
+
+const char* puna_cross_entropy(const PunaThreads* threads, float* logits, int64_t rows,
+                               int64_t width, const int64_t* labels, const float* weights,
+                               int32_t gradient, float* losses, float* highest) {
   for (int64_t row = 0; row < rows; ++row)
-    instructions().table->rms_norm(x, kind, weight, weight_kind, epsilon, width, row * width, y);
+    if (labels[row] < 0 || labels[row] >= width) return "a label is none of the logits'";
+  const KernelTable& kernels = *instructions().table;
+  parallel(*threads, rows, [&](int64_t row) {
+    losses[row] = kernels.cross_entropy(logits + row * width, width, labels[row], weights[row],
+                                        gradient != 0, highest + row);
+  });
+  return nullptr;
 }
 
 uint64_t puna_read(const PunaThreads* threads, const void* data, int64_t bytes) {

@@ -4,6 +4,7 @@
 
 #include "attention.h"
 #include "kernel_table.h"
+#include "loss.h"
 #include "many_quantized.h"
 
 namespace puna {
@@ -11,14 +12,39 @@ namespace PUNA_ISA {
 
 constexpr int64_t kSome = 256;  // numbers that are read, changed and written at a time
 
+PUNA_INLINE Floats sigmoid_of(Floats value) {
+  Words sign = Words(value) & 0x80000000;
+  Floats power = exponential(Floats(Words(value) | 0x80000000));  // of -|x|
+  Floats top = Words(sign) != 0 ? power : splat(1.0f);
+  return top / (splat(1.0f) + power);
+}
+
 // silu(x) * up, in place.
 static void gate(float* x, const float* up, int64_t count) {
   for (int64_t i = 0; i < count; i += kLanes) {
     Floats value = load<Floats>(x + i);
-    Words sign = Words(value) & 0x80000000;
-    Floats power = exponential(Floats(Words(value) | 0x80000000));  // of -|x|
-    Floats top = Words(sign) != 0 ? power : splat(1.0f);
-    store(x + i, value * (top / (splat(1.0f) + power)) * load<Floats>(up + i));
+    store(x + i, value * sigmoid_of(value) * load<Floats>(up + i));
+  }
+}
+
+// What y = silu(gate) * up asks of gate and up for a change of y: numbers [begin, end).
+static void gate_back(const void* gate, const void* up, const void* change, int32_t kind,
+                      int64_t begin, int64_t end, void* gate_change, void* up_change) {
+  for (int64_t start = begin; start < end; start += kSome) {
+    float gates[kSome], ups[kSome], changes[kSome];
+    int64_t count = std::min(kSome, end - start);
+    read_floats(gate, kind, start, count, gates);
+    read_floats(up, kind, start, count, ups);
+    read_floats(change, kind, start, count, changes);
+    for (int64_t i = count; i % kLanes != 0; ++i) gates[i] = ups[i] = changes[i] = 0.0f;
+    for (int64_t i = 0; i < count; i += kLanes) {
+      Floats value = load<Floats>(gates + i), dy = load<Floats>(changes + i);
+      Floats sigmoid = sigmoid_of(value), silu = value * sigmoid;
+      store(gates + i, dy * load<Floats>(ups + i) * (sigmoid + silu * (splat(1.0f) - sigmoid)));
+      store(ups + i, dy * silu);
+    }
+    write_floats(gate_change, kind, start, count, gates);
+    write_floats(up_change, kind, start, count, ups);
   }
 }
 
@@ -64,6 +90,42 @@ static void rms_norm(const void* x, int32_t kind, const void* weight, int32_t we
   }
 }
 
+// With n = x / root and root² = mean(x²) + epsilon: dx = (w · dy - n · mean(n · w · dy)) / root.
+static void rms_norm_back(const void* x, int32_t kind, const void* weight, int32_t weight_kind,
+                          float epsilon, int64_t width, int64_t at, const void* y_change,
+                          void* x_change) {
+  float values[kSome], weights[kSome], changes[kSome];
+  // Reads some of the row; `changes` are those of y times the weights.
+  auto read_some = [&](int64_t start) {
+    int64_t some = std::min(kSome, width - start);
+    read_floats(x, kind, at + start, some, values);
+    read_floats(weight, weight_kind, start, some, weights);
+    read_floats(y_change, kind, at + start, some, changes);
+    for (int64_t i = some; i % kLanes != 0; ++i) values[i] = weights[i] = changes[i] = 0.0f;
+    for (int64_t i = 0; i < some; i += kLanes)
+      store(changes + i, load<Floats>(changes + i) * load<Floats>(weights + i));
+    return some;
+  };
+  Floats squares{}, products{};
+  for (int64_t start = 0; start < width; start += kSome) {
+    int64_t some = read_some(start);
+    for (int64_t i = 0; i < some; i += kLanes) {
+      Floats value = load<Floats>(values + i);
+      squares += value * value;
+      products += value * load<Floats>(changes + i);
+    }
+  }
+  float inverse = 1.0f / std::sqrt(sum(squares) / float(width) + epsilon);
+  float along = sum(products) / float(width) * inverse * inverse * inverse;
+  for (int64_t start = 0; start < width; start += kSome) {
+    int64_t some = read_some(start);
+    for (int64_t i = 0; i < some; i += kLanes)
+      store(changes + i, load<Floats>(changes + i) * splat(inverse) -
+                             load<Floats>(values + i) * splat(along));
+    write_floats(x_change, kind, at + start, some, changes);
+  }
+}
+
 static uint64_t read(const uint8_t* data, int64_t bytes) {
   Words total[4] = {};
   int64_t i = 0;
@@ -81,9 +143,9 @@ static uint64_t read(const uint8_t* data, int64_t bytes) {
 const KernelTable PUNA_TABLE = {
     PUNA_ISA::few_parts, PUNA_ISA::few_scratch, PUNA_ISA::few_prepare, PUNA_ISA::few,
     PUNA_ISA::kTile, PUNA_ISA::any_scratch, PUNA_ISA::any_pack, PUNA_ISA::any_many,
-    PUNA_ISA::back_scratch, PUNA_ISA::back_pack, PUNA_ISA::back,
-    PUNA_ISA::turn, PUNA_ISA::finish, PUNA_ISA::attention_scratch, PUNA_ISA::attention, PUNA_ISA::rms_norm,
-    PUNA_ISA::read,
+    PUNA_ISA::any_back_scratch, PUNA_ISA::any_back_pack, PUNA_ISA::any_back,
+    PUNA_ISA::turn, PUNA_ISA::finish, PUNA_ISA::rms_norm_back, PUNA_ISA::gate_back, PUNA_ISA::attention_scratch, PUNA_ISA::attention, PUNA_ISA::rms_norm,
+    PUNA_ISA::cross_entropy, PUNA_ISA::read,
 };
 
 }  // namespace puna

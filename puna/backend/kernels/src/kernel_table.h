@@ -30,11 +30,11 @@ struct KernelTable {
   void (*many)(const PunaMatrix& m, int32_t x_kind, const float* scratch, int64_t rows,
                int64_t begin, int64_t end, float* y);
   // x [end - begin, tiles * tile] for inputs [begin, end), from y packed by `back_pack`.
-  int64_t (*back_scratch)(const PunaMatrix& m, int64_t rows);
+  int64_t (*back_scratch)(const PunaMatrix& m, int32_t y_kind, int64_t rows);
   void (*back_pack)(const PunaMatrix& m, const void* y, int32_t y_kind, int64_t rows,
                     int64_t which, float* scratch);
-  void (*back)(const PunaMatrix& m, const float* scratch, int64_t rows, int64_t begin, int64_t end,
-               float* x);
+  void (*back)(const PunaMatrix& m, int32_t y_kind, const float* scratch, int64_t rows,
+               int64_t begin, int64_t end, float* x);
 
   // What `many` and `back` give of one tile, [count, stride], as rows: [tile, apart]. Beyond `count`,
   // up to a vector of each row is written over.
@@ -42,10 +42,17 @@ struct KernelTable {
   // Writes `count` results of one row; with `up`, silu(y) * up. Or adds them to what is there.
   void (*finish)(const float* y, const float* up, int64_t count, void* to, int32_t kind, int64_t at,
                  bool add);
+  void (*rms_norm_back)(const void* x, int32_t kind, const void* weight, int32_t weight_kind,
+                        float epsilon, int64_t width, int64_t at, const void* y_change,
+                        void* x_change);
+  void (*gate_back)(const void* gate, const void* up, const void* change, int32_t kind,
+                    int64_t begin, int64_t end, void* gate_change, void* up_change);
   int64_t (*attention_scratch)(const PunaAttention& a);
   void (*attention)(const PunaAttention& a, int64_t row, int64_t head, float* scratch);
   void (*rms_norm)(const void* x, int32_t kind, const void* weight, int32_t weight_kind,
                    float epsilon, int64_t width, int64_t at, void* y);
+  float (*cross_entropy)(float* logits, int64_t width, int64_t label, float weight, bool gradient,
+                         float* highest);
   uint64_t (*read)(const uint8_t* data, int64_t bytes);
 };
 

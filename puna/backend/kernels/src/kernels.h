@@ -101,10 +101,27 @@ typedef struct {
 // where they are called by themselves.
 const char* puna_blocks(const PunaThreads* threads, const PunaBlocks* blocks);
 
-// y [rows, width] = x over the root of its mean square and `epsilon`, times the weight [width]; on
-// this thread alone. x and y are of one kind.
-void puna_rms_norm(const void* x, int32_t kind, const void* weight, int32_t weight_kind,
-                   float epsilon, int64_t rows, int64_t width, void* y);
+// y [rows, width] = x over the root of its mean square and `epsilon`, times the weight [width]. x
+// and y are of one kind.
+void puna_rms_norm(const PunaThreads* threads, const void* x, int32_t kind, const void* weight,
+                   int32_t weight_kind, float epsilon, int64_t rows, int64_t width, void* y);
+
+// What y's change asks of x; both changes are of the kind of x.
+void puna_rms_norm_back(const PunaThreads* threads, const void* x, int32_t kind,
+                        const void* weight, int32_t weight_kind, float epsilon, int64_t rows,
+                        int64_t width, const void* y_change, void* x_change);
+
+// The changes of gate and up that a change of silu(gate) * up asks for; all are of one kind.
+const char* puna_gate_back(const PunaThreads* threads, const void* gate, const void* up,
+                           const void* change, int32_t kind, int64_t count, void* gate_change,
+                           void* up_change);
+
+// losses [rows] = the cross-entropy of logits [rows, width] and labels [rows], times weights [rows];
+// highest [rows] are the greatest logits. With `gradient`, the logits become the losses' gradients;
+// else they are lost. What is no number makes a row's loss, gradients and greatest logit such.
+const char* puna_cross_entropy(const PunaThreads* threads, float* logits, int64_t rows,
+                               int64_t width, const int64_t* labels, const float* weights,
+                               int32_t gradient, float* losses, float* highest);
 
 // Every byte is read, by all threads: what the memory gives. The result depends on all of them.
 uint64_t puna_read(const PunaThreads* threads, const void* data, int64_t bytes);

@@ -23,7 +23,14 @@ PUNA_INLINE bool is_whole(const PunaMatrix& m, int32_t x_kind) {
 #endif
 }
 
+// Whether rows of y are multiplied so with the transpose: where no scale is of some inputs alone.
+PUNA_INLINE bool is_whole_back(const PunaMatrix& m, int32_t y_kind) {
+  return is_whole(m, y_kind) && m.kind == PUNA_I8 && m.low == nullptr && m.group >= m.in;
+}
+
 constexpr int64_t kBlocks = kDepth / kBlock;
+// Results that are summed at once: their products need registers too before they are added.
+constexpr int kWholeResults = kLanes == 16 ? 12 : 4;
 
 // A tile of x for kDepth inputs: pairs of whole numbers [kDepth / 2][kTile][2], the blocks' scales
 // [kBlocks][kTile] and sums [kBlocks][kTile].
@@ -36,35 +43,41 @@ PUNA_INLINE WholeTile* whole_tile(float* scratch, int64_t tiles, int64_t depth, 
   return reinterpret_cast<WholeTile*>(scratch) + depth * tiles + tile;
 }
 
-inline int64_t many_whole_scratch(const PunaMatrix& m, int64_t rows) {
-  return whole_depth(m.in) / kDepth * tiles_of(rows) * int64_t{sizeof(WholeTile) / 4};
+PUNA_INLINE int64_t whole_scratch(int64_t n, int64_t rows) {
+  return whole_depth(n) / kDepth * tiles_of(rows) * int64_t{sizeof(WholeTile) / 4};
 }
 
-// Where the widened weights of a block have input `i`: 4 bits come apart by fours.
-PUNA_INLINE int64_t place_in_block(const PunaMatrix& m, int64_t i) {
-  return m.kind == PUNA_U4 ? i % 4 * 8 + i / 4 : i;
-}
-
-inline void many_whole_pack(const PunaMatrix& m, const void* x, int32_t x_kind, int64_t rows,
-                            int64_t tile, float* scratch) {
+// One tile of x [rows, n]. With `by_fours`, the inputs of a block stand as 4 bits come apart. With
+// `scaled`, each input is one of that matrix's results, and its scale is multiplied in.
+PUNA_INLINE void pack_whole(const void* x, int32_t x_kind, int64_t rows, int64_t n, int64_t tile,
+                            bool by_fours, const PunaMatrix* scaled, float* scratch) {
   int64_t tiles = tiles_of(rows), first = tile * kTile;
   int64_t here = std::min<int64_t>(kTile, rows - first);
-  for (int64_t depth = 0; depth * kDepth < m.in; ++depth) {
-    WholeTile& to = *whole_tile(scratch, tiles, depth, tile);
-    int64_t start = depth * kDepth, count = std::min(kDepth, m.in - start);
-    if (here < kTile) std::memset(&to, 0, sizeof to);
+  for (int64_t at = 0; at < n; at += kBlock) {
+    WholeTile& to = *whole_tile(scratch, tiles, at / kDepth, tile);
+    int64_t b = at % kDepth / kBlock, count = std::min(kBlock, n - at);
+    int16_t numbers[kTile][kBlock] = {};
+    float factors[kBlock], *scales = to.scales + b * kTile, *sums = to.sums + b * kTile;
+    if (scaled != nullptr) read_floats(scaled->scale, scaled->scale_kind, at, count, factors);
+    for (int64_t row = 0; row < kTile; ++row) scales[row] = sums[row] = 0.0f;
     for (int64_t row = 0; row < here; ++row) {
-      for (int64_t b = 0; b * kBlock < count; ++b) {
-        float block[kBlock] = {};
-        int16_t numbers[kBlock];
-        int64_t at = start + b * kBlock;
-        read_floats(x, x_kind, (first + row) * m.in + at, std::min(kBlock, m.in - at), block);
-        to.scales[b * kTile + row] = to_whole_numbers(block, numbers);
-        to.sums[b * kTile + row] = sum_half(block) + sum_half(block + kBlock / 2);
-        for (int64_t i = 0; i < kBlock; ++i) {
-          int64_t k = b * kBlock + place_in_block(m, i);
-          to.numbers[(k / 2 * kTile + row) * 2 + k % 2] = numbers[i];
-        }
+      float block[kBlock] = {};
+      read_floats(x, x_kind, (first + row) * n + at, count, block);
+      for (int64_t i = 0; scaled != nullptr && i < count; ++i) block[i] *= factors[i];
+      int16_t in_order[kBlock];
+      scales[row] = to_whole_numbers(block, by_fours ? in_order : numbers[row]);
+      sums[row] = sum_half(block) + sum_half(block + kBlock / 2);
+      for (int64_t i = 0; by_fours && i < kBlock; ++i)
+        numbers[row][i % 4 * 8 + i / 4] = in_order[i];
+    }
+    // A pair of numbers is moved as a float is, without being looked at.
+    for (int64_t pair = 0; pair < kBlock / 2; pair += kLanes) {
+      for (int64_t some = 0; some < kTile; some += kLanes) {
+        Floats square[kLanes];
+        for (int i = 0; i < kLanes; ++i) square[i] = load<Floats>(numbers[some + i] + 2 * pair);
+        transpose(square);
+        for (int i = 0; i < kLanes; ++i)
+          store(to.numbers + 2 * ((b * kBlock / 2 + pair + i) * kTile + some), square[i]);
       }
     }
   }
@@ -83,10 +96,15 @@ PUNA_INLINE Ints times_pairs(Ints a, Ints b) {
 
 PUNA_INLINE Ints splat_pair(int32_t pair) { return Ints{} + pair; }
 
-// Weights of kDepth inputs of some results, widened, and what they are scaled by.
-struct WholeWeights {
-  alignas(64) int16_t numbers[kResults][kDepth];
-  float scales[kResults][2 * kBlocks], lows[kResults][kBlocks];
+// What the weights of kDepth inputs of some results are scaled by.
+struct WholeScales {
+  float scales[kWholeResults][2 * kBlocks], lows[kWholeResults][kBlocks];
+  bool has_lows;
+};
+
+// The same weights, widened.
+struct WholeWeights : WholeScales {
+  alignas(64) int16_t numbers[kWholeResults][kDepth];
 };
 
 // One result's weights from input `start` on; those beyond the last meet inputs that are zero.
@@ -128,21 +146,23 @@ PUNA_INLINE void widen_whole(const PunaMatrix& m, int64_t out, int64_t start, in
 }
 
 // R results of a tile's rows, added to those of earlier depths unless this is the first. Inputs
-// share a scale kShared at a time.
-template <int R, int kShared>
-PUNA_INLINE void multiply_whole(const PunaMatrix& m, const WholeWeights& weights,
+// share a scale kShared at a time. The pair p of result r stands at `r * kAcross + p * kAlong`;
+// without scales, the weights are the numbers themselves.
+template <int R, int kShared, int64_t kAcross, int64_t kAlong>
+PUNA_INLINE void multiply_whole(const int16_t* weights, const WholeScales* scales,
                                 const WholeTile& tile, int64_t depth, float* y, int64_t y_stride,
                                 bool first) {
   for (int64_t s = 0; s * kShared < depth; ++s) {
     Ints total[R][2] = {};
     const int16_t* x = tile.numbers + s * kShared * kTile;
+    const int16_t* some = weights + s * kShared * kAlong;
 #pragma GCC unroll 4
     for (int p = 0; p < kShared / 2; ++p) {
       Ints a = load<Ints>(x + p * 2 * kTile), b = load<Ints>(x + p * 2 * kTile + kTile);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
         int32_t pair;
-        std::memcpy(&pair, weights.numbers[r] + s * kShared + 2 * p, sizeof pair);
+        std::memcpy(&pair, some + 2 * (r * kAcross + p * kAlong), sizeof pair);
         Ints both = splat_pair(pair);
         total[r][0] += times_pairs(a, both);
         total[r][1] += times_pairs(b, both);
@@ -156,39 +176,42 @@ PUNA_INLINE void multiply_whole(const PunaMatrix& m, const WholeWeights& weights
       for (int r = 0; r < R; ++r) {
         float* to = y + r * y_stride + half * kLanes;
         Floats value = first && s == 0 ? Floats{} : load<Floats>(to);
-        value += splat(weights.scales[r][s]) * scale *
-                 __builtin_convertvector(total[r][half], Floats);
-        if (m.low != nullptr) value += splat(weights.lows[r][block]) * sums;
+        Floats scaled = scales == nullptr ? scale : splat(scales->scales[r][s]) * scale;
+        value += scaled * __builtin_convertvector(total[r][half], Floats);
+        if (scales != nullptr && scales->has_lows) value += splat(scales->lows[r][block]) * sums;
         store(to, value);
       }
     }
   }
 }
 
-template <int R, int kShared>
-void multiply_whole_upto(int64_t results, const PunaMatrix& m, const WholeWeights& weights,
+template <int R, int kShared, int64_t kAcross, int64_t kAlong>
+void multiply_whole_upto(int64_t results, const int16_t* weights, const WholeScales* scales,
                          const WholeTile& tile, int64_t depth, float* y, int64_t y_stride,
                          bool first) {
   if (results == R)
-    multiply_whole<R, kShared>(m, weights, tile, depth, y, y_stride, first);
+    multiply_whole<R, kShared, kAcross, kAlong>(weights, scales, tile, depth, y, y_stride, first);
   else if constexpr (R > 1)
-    multiply_whole_upto<R - 1, kShared>(results, m, weights, tile, depth, y, y_stride, first);
+    multiply_whole_upto<R - 1, kShared, kAcross, kAlong>(results, weights, scales, tile, depth, y,
+                                                         y_stride, first);
 }
 
 template <int32_t kind, int kShared>
 void many_whole_of(const PunaMatrix& m, const float* scratch, int64_t rows, int64_t begin,
                    int64_t end, float* y) {
   WholeWeights weights;
+  weights.has_lows = m.low != nullptr;
   int64_t tiles = tiles_of(rows), y_stride = tiles * kTile;
   for (int64_t depth = 0; depth * kDepth < m.in; ++depth) {
     int64_t start = depth * kDepth, count = std::min(kDepth, m.in - start);
-    for (int64_t out = begin; out < end; out += kResults) {
-      int64_t here = std::min<int64_t>(kResults, end - out);
+    for (int64_t out = begin; out < end; out += kWholeResults) {
+      int64_t here = std::min<int64_t>(kWholeResults, end - out);
       for (int64_t r = 0; r < here; ++r)
         widen_whole<kind>(m, out + r, start, count, kShared, r, weights);
       for (int64_t tile = 0; tile < tiles; ++tile)
-        multiply_whole_upto<kResults, kShared>(
-            here, m, weights, *whole_tile(const_cast<float*>(scratch), tiles, depth, tile), count,
+        multiply_whole_upto<kWholeResults, kShared, kDepth / 2, 1>(
+            here, weights.numbers[0], &weights,
+            *whole_tile(const_cast<float*>(scratch), tiles, depth, tile), count,
             y + (out - begin) * y_stride + tile * kTile, y_stride, depth == 0);
     }
   }
@@ -202,25 +225,106 @@ inline void many_whole(const PunaMatrix& m, const float* scratch, int64_t rows, 
   many_whole_of<PUNA_I8, kBlock>(m, scratch, rows, begin, end, y);
 }
 
+// Two rows' weights of 16 inputs, interleaved: eight pairs in each of two vectors.
+PUNA_INLINE void pair_rows(const int8_t* even, const int8_t* odd, __m256i pairs[2]) {
+  __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(even));
+  __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(odd));
+  pairs[0] = _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(a, b));
+  pairs[1] = _mm256_cvtepi8_epi16(_mm_unpackhi_epi8(a, b));
+}
+
+// Inputs [begin, end) of results [start, start + count), as pairs of results: for each set of
+// kWholeResults inputs [kDepth / 2][kWholeResults]. A result beyond the last is zero.
+inline void pair_weights(const PunaMatrix& m, int64_t start, int64_t count, int64_t begin,
+                         int64_t end, int16_t* to) {
+  const int8_t* rows = static_cast<const int8_t*>(m.data) + start * m.in;
+  constexpr int64_t kInputs = 16, kTogether = 4;
+  static_assert(kWholeResults % kTogether == 0, "pairs are stored by fours");
+  for (int64_t out = 0; out < (count + kBlock - 1) / kBlock * kBlock; out += 2) {
+    for (int64_t i = begin; i < end; i += kInputs) {
+      int8_t ends[2][kInputs] = {};
+      const int8_t* from[2];
+      for (int r = 0; r < 2; ++r) {
+        from[r] = rows + (out + r) * m.in + i;
+        if (out + r < count && i + kInputs <= m.in) continue;
+        if (out + r < count) std::memcpy(ends[r], from[r], m.in - i);
+        from[r] = ends[r];
+      }
+      __m256i pairs[2];
+      pair_rows(from[0], from[1], pairs);
+      for (int64_t k = 0; k < kInputs && i + k < end; k += kTogether) {
+        int64_t set = (i - begin + k) / kWholeResults, place = (i - begin + k) % kWholeResults;
+        int16_t* at = to + 2 * ((set * kDepth / 2 + out / 2) * kWholeResults + place);
+        __m256i both = pairs[k / 8];
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(at), k % 8 == 0
+                                                             ? _mm256_castsi256_si128(both)
+                                                             : _mm256_extracti128_si256(both, 1));
+      }
+    }
+  }
+}
+
+// The transposed product of 8 bits with one scale for a row: that is multiplied into y.
+inline void back_whole(const PunaMatrix& m, const float* scratch, int64_t rows, int64_t begin,
+                       int64_t end, float* x) {
+  int64_t tiles = tiles_of(rows), x_stride = tiles * kTile;
+  int64_t sets = (end - begin + kWholeResults - 1) / kWholeResults;
+  int16_t* pairs = static_cast<int16_t*>(std::calloc(sets * kWholeResults * kDepth, 2));
+  for (int64_t depth = 0; depth * kDepth < m.out; ++depth) {
+    int64_t start = depth * kDepth, count = std::min(kDepth, m.out - start);
+    pair_weights(m, start, count, begin, end, pairs);
+    for (int64_t set = 0; set < sets; ++set) {
+      int64_t first = set * kWholeResults;
+      for (int64_t tile = 0; tile < tiles; ++tile)
+        multiply_whole_upto<kWholeResults, kBlock, 1, kWholeResults>(
+            std::min<int64_t>(kWholeResults, end - begin - first), pairs + first * kDepth, nullptr,
+            *whole_tile(const_cast<float*>(scratch), tiles, depth, tile), count,
+            x + first * x_stride + tile * kTile, x_stride, depth == 0);
+    }
+  }
+  std::free(pairs);
+}
+
 #else
 
 inline void many_whole(const PunaMatrix&, const float*, int64_t, int64_t, int64_t, float*) {}
+inline void back_whole(const PunaMatrix&, const float*, int64_t, int64_t, int64_t, float*) {}
 
 #endif
 
 // Any weights, as whole numbers or as floats: what a set of instructions offers.
 inline int64_t any_scratch(const PunaMatrix& m, int32_t x_kind, int64_t rows) {
-  return is_whole(m, x_kind) ? many_whole_scratch(m, rows) : many_scratch(m, rows);
+  return is_whole(m, x_kind) ? whole_scratch(m.in, rows) : many_scratch(m, rows);
 }
 
 inline void any_pack(const PunaMatrix& m, const void* x, int32_t x_kind, int64_t rows,
                      int64_t tile, float* scratch) {
-  (is_whole(m, x_kind) ? many_whole_pack : many_pack)(m, x, x_kind, rows, tile, scratch);
+  if (is_whole(m, x_kind))
+    pack_whole(x, x_kind, rows, m.in, tile, m.kind == PUNA_U4, nullptr, scratch);
+  else
+    many_pack(m, x, x_kind, rows, tile, scratch);
 }
 
 inline void any_many(const PunaMatrix& m, int32_t x_kind, const float* scratch, int64_t rows,
                      int64_t begin, int64_t end, float* y) {
   (is_whole(m, x_kind) ? many_whole : many)(m, scratch, rows, begin, end, y);
+}
+
+inline int64_t any_back_scratch(const PunaMatrix& m, int32_t y_kind, int64_t rows) {
+  return is_whole_back(m, y_kind) ? whole_scratch(m.out, rows) : back_scratch(m, rows);
+}
+
+inline void any_back_pack(const PunaMatrix& m, const void* y, int32_t y_kind, int64_t rows,
+                          int64_t tile, float* scratch) {
+  if (is_whole_back(m, y_kind))
+    pack_whole(y, y_kind, rows, m.out, tile, false, &m, scratch);
+  else
+    back_pack(m, y, y_kind, rows, tile, scratch);
+}
+
+inline void any_back(const PunaMatrix& m, int32_t y_kind, const float* scratch, int64_t rows,
+                     int64_t begin, int64_t end, float* x) {
+  (is_whole_back(m, y_kind) ? back_whole : back)(m, scratch, rows, begin, end, x);
 }
 
 }  // namespace PUNA_ISA
