@@ -86,7 +86,17 @@ def embed(weight: Tensor | Packed, token_ids: Tensor) -> Tensor:
     """See `BackendOps.embed`."""
     if isinstance(weight, Packed):
         return embed_packed(weight, token_ids)
-    return tf.gather(weight, token_ids)
+    return tf.gather(_with_dense_gradient(tf.convert_to_tensor(weight)), token_ids)
+
+
+@tf.custom_gradient
+def _with_dense_gradient(weight: Tensor):
+    """The same, whose gradient has one number for each of its own.
+
+    TensorFlow's of `gather` has a row for each token, and a token that occurs twice has two of
+    them: Keras's optimizers would square and clip these before they are summed.
+    """
+    return tf.identity(weight), lambda d: tf.convert_to_tensor(d)
 
 
 def attend(

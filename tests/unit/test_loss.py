@@ -84,6 +84,15 @@ def test_blocks_that_are_computed_again_have_the_same_gradients(batch):
         np.testing.assert_allclose(ours, their, rtol=1e-4, atol=1e-6)
 
 
+def test_a_step_is_as_long_as_it_is_clipped_to(batch):
+    """Tokens that occur several times have one gradient, whose length counts."""
+    model = made("full")
+    model.compile(optimizer=keras.optimizers.SGD(1.0, global_clipnorm=0.25))
+    x, labels, weights = batch
+    _, changes = step(model, (x | {"token_ids": x["token_ids"] % 3}, labels, weights))
+    assert np.sqrt(sum(np.square(c).sum() for c in changes)) == pytest.approx(0.25, rel=1e-3)
+
+
 @pytest.mark.parametrize("dtype", ["mixed_bfloat16", "mixed_float16"])
 def test_mixed_precision_learns_in_float32(dtype, batch):
     model = made("full", dtype)
