@@ -29,6 +29,7 @@ from puna.backend.generic import (
     value,
     while_loop,
 )
+from puna.backend.jax_accumulate import accumulated_step
 from puna.backend.jax_loss import head_loss
 from puna.backend.kernels import jax_calls
 from puna.backend.kernels.library import FEW_TOKENS
@@ -37,10 +38,10 @@ from puna.backend.packed import Packed
 from puna.backend.protocol import BlockWeights, Place, Tensor
 
 __all__ = [
-    "aliases", "attend", "attention", "cache_dtype", "cache_read", "cache_write", "call_block",
-    "call_blocks", "compile_step", "cond", "embed", "gated", "head_loss", "initialize", "linear",
-    "linears", "merge_heads", "place", "prepare", "rms_norm", "rotate", "silu", "split_heads",
-    "switch", "to_numpy", "value", "while_loop",
+    "accumulated_step", "aliases", "attend", "attention", "cache_dtype", "cache_read",
+    "cache_write", "call_block", "call_blocks", "compile_step", "cond", "embed", "gated",
+    "head_loss", "initialize", "linear", "linears", "merge_heads", "place", "prepare", "rms_norm",
+    "rotate", "silu", "split_heads", "switch", "to_numpy", "value", "while_loop",
 ]  # fmt: skip
 
 

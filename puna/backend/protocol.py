@@ -108,6 +108,22 @@ class BackendOps(Protocol):
         """
         ...
 
+    def accumulated_step(self, model: Any, parts: int, *arguments: Any) -> Any:
+        """One training step, with the gradients of some rows of the batch at a time.
+
+        Each part's loss, a mean over its tokens' weights, counts by its share of the batch's
+        weights: sums of losses and gradients are those of the whole batch.
+
+        Args:
+            model: a compiled Keras model, whose loss is such a mean.
+            parts: how many parts the rows are cut into.
+            *arguments: what Keras gives the model's `train_step`.
+
+        Returns:
+            What `train_step` returns.
+        """
+        ...
+
     def embed(self, weight: Tensor | Packed, token_ids: Tensor) -> Tensor:
         """Rows of `weight` [V, D] in its own dtype: int [B, T] to [B, T, D].
 

@@ -29,13 +29,14 @@ from puna.backend.kernels import tensorflow_calls
 from puna.backend.memory import aligned_copy
 from puna.backend.packed import Packed
 from puna.backend.protocol import Place, Tensor
+from puna.backend.tensorflow_accumulate import accumulated_step
 from puna.backend.tensorflow_loss import head_loss
 
 __all__ = [
-    "aliases", "attend", "attention", "cache_dtype", "cache_read", "cache_write", "call_block",
-    "call_blocks", "compile_step", "cond", "embed", "gated", "head_loss", "initialize", "linear",
-    "linears", "merge_heads", "place", "prepare", "rms_norm", "rotate", "silu", "split_heads",
-    "switch", "to_numpy", "value", "while_loop",
+    "accumulated_step", "aliases", "attend", "attention", "cache_dtype", "cache_read",
+    "cache_write", "call_block", "call_blocks", "compile_step", "cond", "embed", "gated",
+    "head_loss", "initialize", "linear", "linears", "merge_heads", "place", "prepare", "rms_norm",
+    "rotate", "silu", "split_heads", "switch", "to_numpy", "value", "while_loop",
 ]  # fmt: skip
 
 

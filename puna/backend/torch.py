@@ -20,14 +20,15 @@ from puna.backend.kernels.library import FEW_TOKENS
 from puna.backend.memory import aligned_copy
 from puna.backend.packed import Packed
 from puna.backend.protocol import BlockWeights, Place, Tensor
+from puna.backend.torch_accumulate import accumulated_step
 from puna.backend.torch_linear import gated, linear, linears, multiplies_slowly
 from puna.backend.torch_loss import head_loss
 
 __all__ = [
-    "aliases", "attend", "attention", "cache_dtype", "cache_write", "call_block", "call_blocks",
-    "compile_step", "cond", "embed", "gated", "gather_rows", "head_loss", "initialize", "linear",
-    "linears", "merge_heads", "place", "prepare", "rms_norm", "rotate", "silu", "split_heads",
-    "to_device", "to_numpy", "value", "zeros",
+    "accumulated_step", "aliases", "attend", "attention", "cache_dtype", "cache_write",
+    "call_block", "call_blocks", "compile_step", "cond", "embed", "gated", "gather_rows",
+    "head_loss", "initialize", "linear", "linears", "merge_heads", "place", "prepare", "rms_norm",
+    "rotate", "silu", "split_heads", "to_device", "to_numpy", "value", "zeros",
 ]  # fmt: skip
 
 # NumPy knows these only through ml_dtypes, which torch does not: their bits travel as integers.

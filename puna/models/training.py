@@ -33,6 +33,7 @@ class Trainable:
 
     _sums_loss = False  # whether loss and metrics are the model's own
     _is_stepping = False  # whether Keras calls the model for its loss
+    _parts = 1  # that a batch's gradients are computed in
     _right: keras.metrics.Mean  # made by `_add_metric`
 
     def _add_metric(self) -> None:
@@ -47,6 +48,7 @@ class Trainable:
         weighted_metrics: Any = AUTO,
         sampler: str | samplers.Sampler = "top_k",
         remat: bool = False,
+        accumulate: int = 1,
         **kwargs: Any,
     ) -> None:
         """Keras's `compile`, with defaults for fine-tuning, and the sampler of `generate`.
@@ -62,12 +64,23 @@ class Trainable:
             sampler: a `puna.samplers.Sampler` or a name of one.
             remat: whether a training step keeps no more than what goes into each block, and
                 computes the block again for its gradients: slower, in much less memory.
+            accumulate: how many parts a training step cuts its batch into. Their gradients are
+                computed one after another and summed, each part weighed by its share of the
+                tokens: loss, gradients and step are the whole batch's, in the memory of a part.
+                (An optimizer's `gradient_accumulation_steps` makes one step of several batches,
+                which all weigh the same however many tokens they have.) It takes the default loss.
             **kwargs: as Keras has them.
+
+        Raises:
+            ConfigError: `accumulate` is no whole number from 1 on, or beside a loss, a metric or a
+                `compute_loss` of one's own, of which nobody knows what it is a mean over.
         """
         model = cast("Llama3CausalLM", self)
         if optimizer == AUTO:
             optimizer = keras.optimizers.Adam(2e-5)
-        self._sums_loss = loss == AUTO and weighted_metrics == AUTO and not kwargs.get("metrics")
+        sums_loss = loss == AUTO and weighted_metrics == AUTO and not kwargs.get("metrics")
+        self._check_accumulate(accumulate, sums_loss)
+        self._sums_loss = sums_loss
         if loss == AUTO:
             loss = keras.losses.SparseCategoricalCrossentropy(
                 from_logits=True, reduction="mean_with_sample_weight"
@@ -81,6 +94,7 @@ class Trainable:
                 build.initialize_at_random(variable)
         model.sampler = samplers.get(sampler)
         model.backbone.remat = remat
+        self._parts = accumulate
         super().compile(  # type: ignore[misc]
             optimizer=optimizer, loss=loss, weighted_metrics=weighted_metrics, **kwargs
         )
@@ -98,7 +112,7 @@ class Trainable:
             return None
         model = cast("Llama3CausalLM", self)
         own: dict[str, Any] = {"sampler": samplers.to_config(model.sampler)}
-        own["remat"] = model.backbone.remat
+        own |= {"remat": model.backbone.remat, "accumulate": self._parts}
         if self._sums_loss:
             own |= {"loss": AUTO, "weighted_metrics": AUTO}
         return config | own
@@ -153,6 +167,8 @@ class Trainable:
     def train_step(self, *arguments: Any) -> Any:
         """Keras's, with the model's own loss where `compile` was left to choose it."""
         with self._stepping():
+            if self._parts > 1 and self.trainable_variables:
+                return backend.ops.accumulated_step(self, self._parts, *arguments)
             return super().train_step(*arguments)  # type: ignore[misc]
 
     def test_step(self, *arguments: Any) -> Any:
@@ -206,17 +222,30 @@ class Trainable:
 
     @contextlib.contextmanager
     def _stepping(self) -> Iterator[None]:
-        is_own = type(self).compute_loss is Trainable.compute_loss
         head = cast("Llama3CausalLM", self).lm_head
         # What is dropped at random would have to be told apart from piece to piece.
         drops = head is not None and any(a.settings.dropout for a in head.in_use)
-        self._is_stepping = self._sums_loss and is_own and not drops
+        self._is_stepping = self._sums_loss and self._has_own_loss and not drops
         try:
             yield
         finally:
             self._is_stepping = False
 
+    @property
+    def _has_own_loss(self) -> bool:
+        """Whether no subclass computes another."""
+        return type(self).compute_loss is Trainable.compute_loss
+
     # Checks
+
+    def _check_accumulate(self, parts: int, sums_loss: bool) -> None:
+        if isinstance(parts, bool) or not isinstance(parts, int) or parts < 1:
+            raise ConfigError(f"accumulate is {parts!r}; expected a whole number from 1 on")
+        if parts > 1 and not (sums_loss and self._has_own_loss):
+            raise ConfigError(
+                f"accumulate is {parts} beside a loss or metric of your own, which may be a mean "
+                "over anything; leave loss, metrics and weighted_metrics out, or accumulate"
+            )
 
     def _compile_if_needed(self) -> None:
         if not self.compiled:

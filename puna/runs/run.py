@@ -126,7 +126,11 @@ class Run:
             told["eval"] = data.facts(held_out_rows, held_out)
         total = settings.steps(len(batches))
         schedule = Schedule.of(settings, total)
-        model.compile(optimizer=_optimizer(settings, schedule), remat=settings.remat)
+        model.compile(
+            optimizer=_optimizer(settings, schedule),
+            remat=settings.remat,
+            accumulate=settings.accumulate,
+        )
         model.optimizer.build(model.trainable_variables)
         tell_step_loss(model)
         return _Parts(model, batches, held_out, total, schedule, told)

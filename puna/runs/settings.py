@@ -190,6 +190,16 @@ class FinetuneSettings:
     batch_size: Annotated[
         int, Flag(help="Sequences of a step.", panel=_TRAINING, metavar="N", least=1)
     ] = 8
+    accumulate: Annotated[
+        int,
+        Flag(
+            help="Compute a step's gradients in so many parts of its sequences, one after another: "
+            "the same step, in the memory of one part.",
+            panel=_TRAINING,
+            metavar="N",
+            least=1,
+        ),
+    ] = 1
     remat: Annotated[
         bool,
         Flag(
@@ -388,6 +398,11 @@ class FinetuneSettings:
             yield "eval_data and eval_share were both given; expected one of them"
         if self.epochs and self.max_steps:
             yield "epochs and max_steps were both given; expected one of them"
+        if self.accumulate > self.batch_size:
+            yield (
+                f"accumulate is {self.accumulate} and batch_size {self.batch_size}; a step has no "
+                "more parts than sequences"
+            )
         if self.early_stopping and not self.evaluates:
             yield "early_stopping needs rows to measure the loss on; give eval_data or eval_share"
         if self.eval_every and not self.evaluates and not self.sample_prompts:

@@ -218,6 +218,18 @@ def test_activations_that_are_computed_again_give_the_same_losses(another, tmp_p
     assert losses_of(again) == pytest.approx(losses_of(plain), rel=1e-5)
 
 
+@once
+def test_steps_in_parts_give_the_same_losses(another, tmp_path):
+    # What is dropped at random is drawn for each part.
+    options = {"batch_size": 6, "dropout": 0.0, "max_steps": 6, "epochs": None}
+    plain = another(**options)
+    finetune(plain)
+    parts = another(**options, accumulate=3, out=tmp_path / "parts")
+    finetune(parts)
+    assert len(losses_of(parts)) == 6
+    assert losses_of(parts) == pytest.approx(losses_of(plain), rel=1e-5)
+
+
 # Trackers
 
 

@@ -12,6 +12,7 @@ from keras.src import metrics as metrics
 from keras.src import optimizers as optimizers
 from keras.src import random as random
 from keras.src import saving as saving
+from keras.src import tree as tree
 from keras.src.backend import Variable as Variable
 from keras.src.backend.common.keras_tensor import KerasTensor as KerasTensor
 from keras.src.backend.common.name_scope import name_scope as name_scope
