@@ -1,7 +1,7 @@
 """Write PEFT's loss and gradients of one step, for `tests/parity/test_lora_parity.py`.
 
-PEFT is not installed with Puna. Run this in an environment that has it, after
-`tests.parity.make_peft_golden`, whose base and adapters it takes:
+Run it where the `dev` extra is installed, which has PEFT, after `tests.parity.make_peft_golden`,
+whose base and adapters it takes:
 
     python -m tests.parity.make_lora_golden
 

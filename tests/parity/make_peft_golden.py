@@ -1,7 +1,6 @@
 """Write what PEFT itself writes and computes, for `tests/unit/test_peft_source.py`.
 
-PEFT is not installed with Puna. Run this in an environment that has it, with torch and
-transformers:
+Run it where the `dev` extra is installed, which has PEFT and transformers:
 
     python -m tests.parity.make_peft_golden
 
