@@ -13,6 +13,7 @@ from typing import Any
 import keras
 import numpy as np
 from keras.src.backend.common import global_state
+from keras.src.backend.common.stateless_scope import get_stateless_scope
 
 _PENDING = "uninitialized_variables"
 
@@ -29,6 +30,12 @@ def abstract() -> Iterator[None]:
         global_state.set_global_attribute(_PENDING, pending)
 
 
+def is_abstract() -> bool:
+    """Whether variables that are made now get no memory."""
+    scope = get_stateless_scope()
+    return scope is not None and not scope.initialize_variables
+
+
 def is_initialized(variable: Any) -> bool:
     """Whether a variable has memory."""
     return variable._value is not None
@@ -37,11 +44,6 @@ def is_initialized(variable: Any) -> bool:
 def mark_initialized(variable: Any) -> None:
     """Let go of the initializer of a variable that got its value from elsewhere."""
     variable._initializer = None
-
-
-def initialize_at_random(variable: Any) -> None:
-    """Give a variable that was built in `abstract` its initializer's value."""
-    variable._deferred_initialize()
 
 
 def replace_weight(layer: Any, attribute: str, value: np.ndarray) -> None:

@@ -48,6 +48,16 @@ def embed_packed(packed: Packed, token_ids: Tensor) -> Tensor:
     return ops.reshape(rows, (*ops.shape(token_ids), packed.in_features))
 
 
+def initialize_at_random(variable: Any) -> None:
+    """See `BackendOps.initialize_at_random`."""
+    variable._deferred_initialize()
+
+
+def assign(variable: Any, array: Any) -> None:
+    """See `BackendOps.assign`."""
+    variable.assign(array)
+
+
 def while_loop(
     goes_on: Callable[..., Tensor], body: Callable[..., Any], state: tuple[Any, ...]
 ) -> tuple[Any, ...]:

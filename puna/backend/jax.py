@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
-from puna.backend import generic
+from puna.backend import generic, jax_shards
 from puna.backend.generic import (
     attention,
     cond,
@@ -38,10 +38,11 @@ from puna.backend.packed import Packed
 from puna.backend.protocol import BlockWeights, Place, Tensor
 
 __all__ = [
-    "accumulated_step", "aliases", "attend", "attention", "cache_dtype", "cache_read",
-    "cache_write", "call_block", "call_blocks", "compile_step", "cond", "embed", "gated",
-    "head_loss", "initialize", "linear", "linears", "merge_heads", "place", "prepare", "rms_norm",
-    "rotate", "silu", "split_heads", "switch", "to_numpy", "value", "while_loop",
+    "accumulated_step", "assign", "attend", "attention", "cache_dtype", "cache_read", "cache_write",
+    "call_block", "call_blocks", "compile_step", "cond", "embed", "gated", "head_loss",
+    "initialize", "initialize_at_random", "keeps", "linear", "linears", "merge_heads", "place",
+    "prepare", "rms_norm", "rotate", "silu", "split_heads", "switch", "to_numpy", "value",
+    "while_loop",
 ]  # fmt: skip
 
 
@@ -102,13 +103,14 @@ def _tied(*arrays: Tensor) -> Any:
 
 
 def embed(weight: Tensor | Packed, token_ids: Tensor) -> Tensor:
-    """See `BackendOps.embed`."""
+    """See `BackendOps.embed`; a distribution gets its hidden states by rows."""
     if isinstance(weight, Packed):
-        return embed_packed(weight, token_ids)
-    weight = jnp.asarray(weight)
-    if weight.dtype in (jnp.bfloat16, jnp.float16):
-        return _take_half(weight, token_ids)
-    return jnp.take(weight, token_ids, axis=0)
+        rows = embed_packed(weight, token_ids)
+    elif weight.dtype in (jnp.bfloat16, jnp.float16):
+        rows = _take_half(jnp.asarray(weight), token_ids)
+    else:
+        rows = jnp.take(jnp.asarray(weight), token_ids, axis=0)
+    return jax_shards.by_rows(rows)
 
 
 @jax.custom_jvp
@@ -214,19 +216,20 @@ def cache_write(cache_BKSH: Tensor, new_BKTH: Tensor, write: Tensor) -> Tensor:
     def write_row(cache_KSH, new_KTH, start):
         return jax.lax.dynamic_update_slice(cache_KSH, new_KTH, (0, start, 0))
 
-    return jax.vmap(write_row)(cache_BKSH, new_BKTH.astype(cache_BKSH.dtype), write)
+    written = jax.vmap(write_row)(cache_BKSH, new_BKTH.astype(cache_BKSH.dtype), write)
+    return jax_shards.placed(written)
 
 
 def to_device(array: np.ndarray) -> Tensor:
     """See `BackendOps.to_device`."""
-    return jax.device_put(array)
+    return jax_shards.put(array)
 
 
 def zeros(shape: tuple[int, ...], dtype: str) -> Tensor:
     """See `BackendOps.zeros`."""
     if jax.default_backend() == "cpu":
-        return jax.device_put(aligned_zeros(shape, numpy_dtype(dtype)))
-    return jnp.zeros(shape, dtype)
+        return jax_shards.put(aligned_zeros(shape, numpy_dtype(dtype)))
+    return jnp.zeros(shape, dtype, device=jax_shards.place_of(shape))
 
 
 def gather_rows(
@@ -239,41 +242,64 @@ def gather_rows(
         gathered = aligned_zeros(shape, dtype)
         for row, source in zip(gathered, sources, strict=True):
             if source is not None:
-                old = np.asarray(source[0])[source[1], :, :S]
+                old = jax_shards.gather(source[0])[source[1], :, :S]
                 row[:, : old.shape[1]] = old
-        return jax.device_put(gathered)
+        return jax_shards.put(gathered)
     rows = [jnp.zeros(shape[1:], dtype) if s is None else s[0][s[1], :, :S] for s in sources]
-    return jnp.stack([jnp.pad(r, ((0, 0), (0, S - r.shape[1]), (0, 0))) for r in rows])
+    rows = [jnp.pad(r, ((0, 0), (0, S - r.shape[1]), (0, 0))) for r in rows]
+    return jax_shards.placed(jnp.stack(rows))
 
 
-def aliases(array: np.ndarray) -> bool:
-    """See `BackendOps.aliases`."""
-    return jax.default_backend() == "cpu" and is_aligned(array)
-
-
-def prepare(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+def prepare(variable: Any, array: np.ndarray) -> np.ndarray | jax_shards.Shards:
     """See `BackendOps.prepare`."""
-    if array.dtype == dtype and (is_aligned(array) or jax.default_backend() != "cpu"):
-        return array
-    return aligned_copy(array, dtype)
+    dtype = numpy_dtype(variable._dtype)
+
+    def suited(array: np.ndarray) -> np.ndarray:
+        if array.dtype == dtype and (is_aligned(array) or jax.default_backend() != "cpu"):
+            return array
+        return aligned_copy(array, dtype)
+
+    sharding = jax_shards.sharding_of(variable)
+    return suited(array) if sharding is None else jax_shards.cut(array, sharding, suited)
 
 
-def initialize(variable: Any, array: np.ndarray) -> None:
-    """See `BackendOps.initialize`; sharded from the start where a distribution is set."""
-    variable._initialize_layout()
-    layout = getattr(variable._layout, "backend_layout", variable._layout)
-    if layout is not None:
-        shape = tuple(array.shape)
-        value = jax.make_array_from_callback(shape, layout, lambda index: array[index])
-    else:
-        value = jax.device_put(array)
+def initialize(variable: Any, prepared: np.ndarray | jax_shards.Shards) -> None:
+    """See `BackendOps.initialize`; each device gets its own shard where a distribution is set."""
+    is_cut = isinstance(prepared, jax_shards.Shards)
+    value = prepared.assemble() if is_cut else jax.device_put(prepared)
     # The copy to a device may still be running, and the caller lets go of the pages next.
     variable._initialize(jax.block_until_ready(value))
 
 
+def keeps(prepared: np.ndarray | jax_shards.Shards, array: np.ndarray) -> bool:
+    """See `BackendOps.keeps`."""
+    if jax.default_backend() != "cpu":
+        return False
+    return jax_shards.share(prepared, array) and jax_shards.are_aligned(prepared)
+
+
+def initialize_at_random(variable: Any) -> None:
+    """See `BackendOps.initialize_at_random`; each device draws its own shard."""
+    sharding = jax_shards.sharding_of(variable)
+    if sharding is None:
+        generic.initialize_at_random(variable)
+    else:
+        jax_shards.initialize_at_random(variable, sharding)
+
+
+def assign(variable: Any, array: np.ndarray) -> None:
+    """See `BackendOps.assign`; each device gets its own shard."""
+    if variable._layout is None:
+        variable.assign(array)
+        return
+    array = array.astype(numpy_dtype(variable._dtype))
+    shards = jax_shards.cut(array, jax_shards.sharding_of(variable), np.array)
+    variable._direct_assign(shards.assemble())
+
+
 def to_numpy(variable: Any) -> np.ndarray:
     """See `BackendOps.to_numpy`."""
-    return np.asarray(variable.value)
+    return jax_shards.gather(variable.value)
 
 
 def compile_step(
@@ -286,7 +312,7 @@ def compile_step(
         before, _tracing.blocks = _tracing.blocks, {}
         try:
             with keras.StatelessScope(state_mapping=list(zip(variables, weights, strict=True))):
-                return function(*args)
+                return jax.tree.map(jax_shards.placed, function(*args))
         finally:
             _tracing.blocks = before
 

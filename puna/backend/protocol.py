@@ -289,28 +289,41 @@ class BackendOps(Protocol):
         """
         ...
 
-    def prepare(self, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-        """The array in a dtype and in memory that `initialize` takes as it is; runs in any thread.
+    def prepare(self, variable: Any, array: np.ndarray) -> Any:
+        """An array as `initialize` takes it for a variable, in its dtype; runs in any thread.
+
+        Where a distribution is set, only what this process's devices hold is read.
 
         Returns:
-            The array itself where it will do, else a copy.
+            Something that uses the array's own memory where that will do, else a copy.
         """
         ...
 
-    def initialize(self, variable: Any, array: np.ndarray) -> None:
+    def initialize(self, variable: Any, prepared: Any) -> None:
         """Give a Keras variable its first value, without a copy where the backend allows it.
 
         The array's memory may become the variable's: nobody may write to it afterwards. When this
-        returns, the array has been read unless it is aliased.
+        returns, the array has been read unless it is kept.
         """
         ...
 
-    def aliases(self, array: np.ndarray) -> bool:
-        """Whether `initialize` keeps using the array's memory."""
+    def keeps(self, prepared: Any, array: np.ndarray) -> bool:
+        """Whether a variable that got what was prepared of an array goes on using its memory."""
+        ...
+
+    def initialize_at_random(self, variable: Any) -> None:
+        """Give a variable that was built without memory its initializer's value."""
+        ...
+
+    def assign(self, variable: Any, array: np.ndarray) -> None:
+        """Give a variable another value."""
         ...
 
     def to_numpy(self, variable: Any) -> np.ndarray:
-        """The variable's value in its own dtype (ml_dtypes for bfloat16), not to be written to."""
+        """The variable's value in its own dtype (ml_dtypes for bfloat16), not to be written to.
+
+        Where it is on several devices, it is gathered, and nothing of that is kept with it.
+        """
         ...
 
     def compile_step(

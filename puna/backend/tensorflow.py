@@ -9,12 +9,14 @@ import numpy as np
 import tensorflow as tf
 
 from puna.backend.generic import (
+    assign,
     attention,
     call_block,
     call_blocks,
     cond,
     dequantize,
     embed_packed,
+    initialize_at_random,
     merge_heads,
     place,
     rms_norm,
@@ -26,17 +28,18 @@ from puna.backend.generic import (
     while_loop,
 )
 from puna.backend.kernels import tensorflow_calls
-from puna.backend.memory import aligned_copy
+from puna.backend.memory import aligned_copy, numpy_dtype
 from puna.backend.packed import Packed
 from puna.backend.protocol import Place, Tensor
 from puna.backend.tensorflow_accumulate import accumulated_step
 from puna.backend.tensorflow_loss import head_loss
 
 __all__ = [
-    "accumulated_step", "aliases", "attend", "attention", "cache_dtype", "cache_read",
-    "cache_write", "call_block", "call_blocks", "compile_step", "cond", "embed", "gated",
-    "head_loss", "initialize", "linear", "linears", "merge_heads", "place", "prepare", "rms_norm",
-    "rotate", "silu", "split_heads", "switch", "to_numpy", "value", "while_loop",
+    "accumulated_step", "assign", "attend", "attention", "cache_dtype", "cache_read", "cache_write",
+    "call_block", "call_blocks", "compile_step", "cond", "embed", "gated", "head_loss",
+    "initialize", "initialize_at_random", "keeps", "linear", "linears", "merge_heads", "place",
+    "prepare", "rms_norm", "rotate", "silu", "split_heads", "switch", "to_numpy", "value",
+    "while_loop",
 ]  # fmt: skip
 
 
@@ -155,20 +158,21 @@ def gather_rows(
     return tf.stack(gathered)
 
 
-def aliases(array: np.ndarray) -> bool:
-    """See `BackendOps.aliases`; TensorFlow always copies."""
-    del array
+def keeps(prepared: np.ndarray, array: np.ndarray) -> bool:
+    """See `BackendOps.keeps`; TensorFlow always copies."""
+    del prepared, array
     return False
 
 
-def prepare(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+def prepare(variable: Any, array: np.ndarray) -> np.ndarray:
     """See `BackendOps.prepare`."""
+    dtype = numpy_dtype(variable._dtype)
     return array if array.dtype == dtype else aligned_copy(array, dtype)
 
 
-def initialize(variable: Any, array: np.ndarray) -> None:
+def initialize(variable: Any, prepared: np.ndarray) -> None:
     """See `BackendOps.initialize`."""
-    variable._initialize(array)
+    variable._initialize(prepared)
 
 
 def to_numpy(variable: Any) -> np.ndarray:

@@ -14,10 +14,10 @@ from keras.src.backend.torch.core import get_device
 from torch.nn import functional
 
 from puna.backend import generic
-from puna.backend.generic import call_block
+from puna.backend.generic import assign, call_block, initialize_at_random
 from puna.backend.kernels import torch_calls
 from puna.backend.kernels.library import FEW_TOKENS
-from puna.backend.memory import aligned_copy
+from puna.backend.memory import aligned_copy, numpy_dtype
 from puna.backend.packed import Packed
 from puna.backend.protocol import BlockWeights, Place, Tensor
 from puna.backend.torch_accumulate import accumulated_step
@@ -25,10 +25,11 @@ from puna.backend.torch_linear import gated, linear, linears, multiplies_slowly
 from puna.backend.torch_loss import head_loss
 
 __all__ = [
-    "accumulated_step", "aliases", "attend", "attention", "cache_dtype", "cache_write",
-    "call_block", "call_blocks", "compile_step", "cond", "embed", "gated", "gather_rows",
-    "head_loss", "initialize", "linear", "linears", "merge_heads", "place", "prepare", "rms_norm",
-    "rotate", "silu", "split_heads", "to_device", "to_numpy", "value", "zeros",
+    "accumulated_step", "assign", "attend", "attention", "cache_dtype", "cache_write", "call_block",
+    "call_blocks", "compile_step", "cond", "embed", "gated", "gather_rows", "head_loss",
+    "initialize", "initialize_at_random", "keeps", "linear", "linears", "merge_heads", "place",
+    "prepare", "rms_norm", "rotate", "silu", "split_heads", "to_device", "to_numpy", "value",
+    "zeros",
 ]  # fmt: skip
 
 # NumPy knows these only through ml_dtypes, which torch does not: their bits travel as integers.
@@ -276,22 +277,22 @@ def gather_rows(
     return gathered
 
 
-def aliases(array: np.ndarray) -> bool:
-    """See `BackendOps.aliases`."""
-    del array
-    return get_device() == "cpu"
+def keeps(prepared: np.ndarray, array: np.ndarray) -> bool:
+    """See `BackendOps.keeps`."""
+    return prepared is array and get_device() == "cpu"
 
 
-def prepare(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+def prepare(variable: Any, array: np.ndarray) -> np.ndarray:
     """See `BackendOps.prepare`."""
+    dtype = numpy_dtype(variable._dtype)
     if array.dtype == dtype and array.flags.c_contiguous and array.flags.writeable:
         return array
     return aligned_copy(array, dtype)
 
 
-def initialize(variable: Any, array: np.ndarray) -> None:
+def initialize(variable: Any, prepared: np.ndarray) -> None:
     """See `BackendOps.initialize`; the array's own memory becomes the parameter's on a CPU."""
-    variable._initialize(_from_numpy(array))
+    variable._initialize(_from_numpy(prepared))
 
 
 def to_numpy(variable: Any) -> np.ndarray:

@@ -9,11 +9,8 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
-
 from puna import backend
 from puna.backend import build
-from puna.backend.memory import numpy_dtype
 from puna.checkpoint.expected import EMBEDDING, HEAD, check_tied, some
 from puna.checkpoint.source import TensorSource
 from puna.checkpoint.variable_names import NO_PARAMETERS
@@ -38,11 +35,11 @@ def load_weights(variables: Mapping[str, Any], source: TensorSource, *, has_head
     """
     stored = _stored_names(variables, source)
     _check(variables, source, stored, has_head)
-    for name, array, copied in _prepared(variables, source, stored):
+    for name, prepared, kept in _prepared(variables, source, stored):
         variable = variables[name]
-        backend.ops.initialize(variable, array)
+        backend.ops.initialize(variable, prepared)
         build.mark_initialized(variable)
-        if copied or not backend.ops.aliases(array):
+        if not kept:
             source.release(stored[name])
 
 
@@ -83,20 +80,20 @@ def _check(
 
 def _prepared(
     variables: Mapping[str, Any], source: TensorSource, stored: Mapping[str, str]
-) -> Iterator[tuple[str, np.ndarray, bool]]:
+) -> Iterator[tuple[str, Any, bool]]:
     """Each tensor as its variable wants it, prepared by threads a little ahead of its use.
 
-    The last item says whether the array is a copy, not the file's own pages.
+    The last item says whether the variable will keep using the file's own pages.
     """
 
-    def prepare(name: str) -> tuple[str, np.ndarray, bool]:
+    def prepare(name: str) -> tuple[str, Any, bool]:
         array = source.read(stored[name])
-        prepared = backend.ops.prepare(array, numpy_dtype(variables[name]._dtype))
-        return name, prepared, prepared is not array
+        prepared = backend.ops.prepare(variables[name], array)
+        return name, prepared, backend.ops.keeps(prepared, array)
 
     workers = min(4, os.cpu_count() or 1)
     with ThreadPoolExecutor(workers, thread_name_prefix="puna-load") as pool:
-        pending: deque[Future[tuple[str, np.ndarray, bool]]] = deque()
+        pending: deque[Future[tuple[str, Any, bool]]] = deque()
         for name in variables:
             pending.append(pool.submit(prepare, name))
             if len(pending) > _AHEAD:

@@ -150,10 +150,11 @@ class AdaptedMatrix(MatrixLayer):
         }
         if settings.dora:
             shapes["lora_magnitude_vector"] = ((out_features,), self._lengths())
-        made = {
-            part: build.add_weight_under(self, (part, name), shape, initializer)
-            for part, (shape, initializer) in shapes.items()
-        }
+        with self.added():
+            made = {
+                part: build.add_weight_under(self, (part, name), shape, initializer)
+                for part, (shape, initializer) in shapes.items()
+            }
         if settings.dropout and self.lora_seed is None:
             with build.changed_weights(self):
                 self.lora_seed = keras.random.SeedGenerator()
@@ -228,13 +229,13 @@ class AdaptedMatrix(MatrixLayer):
         if self.in_use:
             new = self.merged_matrix()
             self._base = np.array(backend.ops.to_numpy(self.weight)) if keep else None
-            self.weight.assign(new)
+            backend.ops.assign(self.weight, new)
         self.in_use, self.is_merged = (), True
 
     def unmerge(self) -> None:
         """Put the matrix back as it was, to the bit."""
         if self._base is not None:
-            self.weight.assign(self._base)
+            backend.ops.assign(self.weight, self._base)
         self._base, self.is_merged = None, False
         self.use_adapters(self.strengths)
 

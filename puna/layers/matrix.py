@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 from keras.quantizers import QuantizationConfig
 
 from puna import backend
-from puna.backend import build
+from puna.backend import build, placement
 from puna.backend.memory import numpy_dtype
 from puna.backend.packed import Packed
 from puna.backend.protocol import Tensor
@@ -54,6 +55,9 @@ class MatrixLayer(keras.layers.Layer):
         self.weight_packed: Any = None
         self.weight_scale: Any = None
         self.weight_low: Any = None
+        # The axes of a device mesh along which outputs and inputs are cut, where a distribution
+        # is set; all variables follow them.
+        self.cut: tuple[str | None, str | None] | None = None
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -82,6 +86,22 @@ class MatrixLayer(keras.layers.Layer):
             self.scheme.group_size or in_features,
         )
 
+    def settle(self, distribution: Any) -> None:
+        """Give variables their places on a distribution's devices, by `cut`."""
+        out, inputs = self.cut or (None, None)
+        root = self.path or self.name
+        for variable in self.weights:
+            part = variable.path.removeprefix(f"{root}/").split("/")[0]
+            axes = {"lora_A": (None, inputs), "lora_B": (out, None)}.get(part, (out, inputs))
+            if not part.startswith((WEIGHT, "bias")) or part in (SCALE, LOW):
+                axes = placement.told(variable, f"{root}/{WEIGHT}", distribution) or axes
+            if not placement.has_place(variable):
+                placement.place(variable, axes[: len(variable.shape)], distribution)
+
+    def added(self) -> contextlib.AbstractContextManager[None]:
+        """A scope in which a built layer gets variables more, which follow the matrix."""
+        return placement.placed_first(self, self.settle)
+
     def add_matrix(self) -> None:
         """Make the variables; those of a quantized matrix hold noise of the same spread."""
         if self.scheme is None:
@@ -107,8 +127,8 @@ class MatrixLayer(keras.layers.Layer):
         initial = _noise(scheme, self.initializer_range)
         if matrix is not None:
             packed = quantize(matrix, scheme, name=self.path or self.name)
-            initial = {name: _constant(array) for name, array in arrays_of(packed).items()}
-        with build.changed_weights(self):
+            initial = {name: _Constant(array) for name, array in arrays_of(packed).items()}
+        with self.added(), build.changed_weights(self):
             # Not `del self.weight`: Keras then collects all garbage, for each layer anew.
             self._untrack_variable(self.weight)
             self.weight, self.scheme = None, scheme
@@ -187,9 +207,16 @@ class _BitsStore:
 _FLOAT8 = numpy_dtype("float8_e4m3fn")
 
 
-def _constant(array: np.ndarray) -> Any:
-    # Not NumPy's array, of which Keras on torch takes no float8.
-    return lambda shape, dtype=None: backend.ops.to_device(array)
+class _Constant:
+    """An initializer: an array."""
+
+    def __init__(self, array: np.ndarray):
+        self.array = array
+
+    def __call__(self, shape: tuple[int, ...], dtype: Any = None) -> Tensor:
+        del shape, dtype
+        # Not NumPy's array, of which Keras on torch takes no float8.
+        return backend.ops.to_device(self.array)
 
 
 def with_own_quantize(layer: Any) -> Any:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
 from keras import ops
 
-from puna import backend
+from puna import backend, distribution
 from puna.backend.protocol import BlockWeights, Place, Tensor
 from puna.checkpoint.variable_names import is_of_adapter, tensor_name
 from puna.config import LlamaConfig
@@ -91,7 +91,8 @@ class Llama3Backbone(Adaptable, Quantizable, keras.Model):
         self.norm = RMSNorm(D, epsilon=config.rms_norm_eps, name="norm", dtype=policy)
         self.rotary = RotaryEmbedding(config.rope, config.head_size, config.max_position_embeddings)
         self.set_schemes(quantization or {})
-        self.build()
+        with distribution.building(self):
+            self.build()
         if adapters:
             adapters_from_config(self.linears(), adapters)
             self.settle()
@@ -285,6 +286,39 @@ class Llama3Backbone(Adaptable, Quantizable, keras.Model):
         return cls(config=LlamaConfig.from_hf(config["config"]), **others)
 
     @classmethod
+    def get_layout_map(
+        cls,
+        device_mesh: Any,
+        model_parallel_dim_name: str = distribution.MODEL,
+        data_parallel_dim_name: str = distribution.BATCH,
+        fsdp: bool = False,
+    ) -> Any:
+        """How a Llama's weights lie on several devices, for `keras.distribution.ModelParallel`.
+
+        Heads of q, k and v, features of gate and up, and the vocabulary are cut along the model
+        axis, o and down along their inputs; adapters, quantized numbers and scales follow their
+        matrix. Norms are on every device. So is what the axis does not divide, of which loading
+        warns: no head is ever cut.
+
+        Args:
+            device_mesh: a `keras.distribution.DeviceMesh`.
+            model_parallel_dim_name: its axis that shares out the weights.
+            data_parallel_dim_name: its axis that shares out the rows of a batch.
+            fsdp: whether matrices are cut along that axis too, and gathered as they are used: less
+                memory for training, more traffic (Zhao et al. 2023, arXiv:2304.11277).
+
+        Returns:
+            A `keras.distribution.LayoutMap`.
+
+        Raises:
+            BackendError: the backend is not JAX.
+            ConfigError: the mesh has no such axes.
+        """
+        return distribution.layout_map(
+            device_mesh, model_parallel_dim_name, data_parallel_dim_name, fsdp
+        )
+
+    @classmethod
     def from_preset(
         cls,
         preset: str | os.PathLike[str],
@@ -293,11 +327,16 @@ class Llama3Backbone(Adaptable, Quantizable, keras.Model):
         revision: str | None = None,
         adapter: str | os.PathLike[str] | None = None,
         quantization: Quantization | None = None,
+        mesh: Sequence[int] | None = None,
+        sharding: str | None = None,
     ) -> Llama3Backbone:
         """The backbone of a preset; see `Llama3CausalLM.from_preset`."""
+        devices = distribution.Devices(mesh, sharding)
         from puna.models.presets import load_backbone
 
-        return load_backbone(cls, preset, load_weights, dtype, revision, adapter, quantization)
+        return load_backbone(
+            cls, preset, load_weights, dtype, revision, adapter, quantization, devices
+        )
 
 
 def _split_inputs(inputs: Any) -> tuple[Tensor, Tensor]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import keras
 from keras import ops
 
-from puna import samplers
+from puna import distribution, samplers
 from puna.backend.protocol import Tensor
 from puna.checkpoint.model_card import ModelCard
 from puna.checkpoint.variable_names import is_of_adapter, tensor_name
@@ -44,6 +45,8 @@ class CausalLM(keras.Model):
         revision: str | None = None,
         adapter: str | os.PathLike[str] | None = None,
         quantization: Quantization | None = None,
+        mesh: Sequence[int] | None = None,
+        sharding: str | None = None,
         **kwargs: Any,
     ) -> Llama3CausalLM:
         """A model from a checkpoint, converted on the fly.
@@ -64,17 +67,32 @@ class CausalLM(keras.Model):
                 Q4_1, Q4_K and Q6_K, stay packed, without loss, and are not trained. "none"
                 dequantizes them, to be trained, saved or given an adapter. A checkpoint in the
                 compressed-tensors format takes nothing else.
+            mesh: how many devices share out the rows of a batch, and how many the weights, such as
+                (2, 4): `keras.distribution` is set so, with `Llama3Backbone.get_layout_map`. None
+                means as it is set, perhaps on one device. On JAX only.
+            sharding: "auto" chooses the mesh by the devices and the model's size; None does not.
             **kwargs: `preprocessor=None` leaves out the tokenizer; anything else goes to the
                 constructor.
 
         Raises:
             PresetError: the preset is not there, or its files are broken or do not fit.
-            ConfigError: the configuration asks for what we do not compute.
+            ConfigError: the configuration asks for what we do not compute, or there are too few
+                devices.
+            BackendError: several devices are asked for, and the backend is not JAX.
         """
+        devices = distribution.Devices(mesh, sharding)
         from puna.models.presets import load_causal_lm
 
         return load_causal_lm(
-            Llama3CausalLM, preset, load_weights, dtype, revision, adapter, quantization, kwargs
+            Llama3CausalLM,
+            preset,
+            load_weights,
+            dtype,
+            revision,
+            adapter,
+            quantization,
+            devices,
+            kwargs,
         )
 
 
@@ -127,7 +145,8 @@ class Llama3CausalLM(Trainable, Generating, ResizableVocabulary, Adaptable, Quan
             self.set_schemes({_HEAD: head_scheme} if head_scheme else {})
         self._decoder = Decoder(self)
         self._add_metric()
-        self.build()
+        with distribution.building(self):
+            self.build()
         self._know(backbone)
         backbone._know(self)
         if head_adapters:

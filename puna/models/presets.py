@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import keras
 
+from puna import backend, distribution
 from puna.backend import build
 from puna.checkpoint import compressed_tensors, hub
 from puna.checkpoint.gguf import GGUFSource
@@ -26,6 +27,7 @@ from puna.checkpoint.readers import is_adapter
 from puna.checkpoint.save import save_directory
 from puna.checkpoint.source import TensorSource
 from puna.config import LlamaConfig
+from puna.distribution import Devices
 from puna.errors import ConfigError, PresetError, TokenizerError
 from puna.models.adapter_files import merged_tensors, save_adapter_preset
 from puna.quantization.scheme import Quantization, Recipe
@@ -106,6 +108,7 @@ def load_causal_lm(
     revision: str | None,
     adapter: str | os.PathLike[str] | None,
     quantization: Quantization | None,
+    devices: Devices,
     kwargs: dict[str, Any],
 ) -> Llama3CausalLM:
     """See `CausalLM.from_preset`."""
@@ -126,7 +129,8 @@ def load_causal_lm(
         reading = None
         if preprocessor is _UNSET:
             reading = pool.submit(preprocessor_of, Llama3CausalLMPreprocessor, opened, {})
-        model = _load(make, opened, load_weights, dtype, form, has_head=True)
+        with distribution.loading(devices, config, dtype, quantization):
+            model = _load(make, opened, load_weights, dtype, form, has_head=True)
         model.preset = model.backbone.preset = _address(preset, revision, opened)
         model.generation_config, model.card = opened.generation_config, opened.card()
         model.preprocessor = reading.result() if reading is not None else preprocessor
@@ -143,6 +147,7 @@ def load_backbone(
     revision: str | None,
     adapter: str | os.PathLike[str] | None,
     quantization: Quantization | None,
+    devices: Devices,
 ) -> Llama3Backbone:
     """See `Llama3Backbone.from_preset`."""
     opened = open_preset(preset, adapter, weights=load_weights, revision=revision)
@@ -153,7 +158,8 @@ def load_backbone(
     def make(policy: Any) -> Llama3Backbone:
         return cls(config=config, dtype=policy)
 
-    backbone = _load(make, opened, load_weights, dtype, form, has_head=False)
+    with distribution.loading(devices, config, dtype, quantization):
+        backbone = _load(make, opened, load_weights, dtype, form, has_head=False)
     backbone.preset = _address(preset, revision, opened)
     return backbone
 
@@ -318,6 +324,7 @@ def _load(
         with build.abstract():
             model = make(_policy(opened, dtype, source))
             layouts = _set_schemes(model, form, source)
+        distribution.settle(model)
         if source is not None:
             if isinstance(form, _Dequantized):
                 source = _dequantizing(model, source, layouts or {})
@@ -331,7 +338,7 @@ def _load(
             source.close()
     for variable in model.variables:  # what no checkpoint holds, such as seeds of dropout
         if not build.is_initialized(variable):
-            build.initialize_at_random(variable)
+            backend.ops.initialize_at_random(variable)
     return model
 
 

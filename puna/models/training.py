@@ -91,7 +91,7 @@ class Trainable:
             weighted_metrics = [keras.metrics.SparseCategoricalAccuracy(name="accuracy")]
         for variable in self._right.variables:
             if not build.is_initialized(variable):  # the model was made to be loaded
-                build.initialize_at_random(variable)
+                backend.ops.initialize_at_random(variable)
         model.sampler = samplers.get(sampler)
         model.backbone.remat = remat
         self._parts = accumulate

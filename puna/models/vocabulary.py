@@ -138,7 +138,8 @@ def _resize_rows(layer: Any, rows: int) -> None:
     for attribute in ("weight", "bias"):
         if getattr(layer, attribute, None) is not None:
             old = backend.ops.to_numpy(getattr(layer, attribute))
-            build.replace_weight(layer, attribute, _with_rows(old, rows))
+            with layer.added():
+                build.replace_weight(layer, attribute, _with_rows(old, rows))
 
 
 def _with_rows(old: np.ndarray, rows: int) -> np.ndarray:

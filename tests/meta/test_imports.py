@@ -20,6 +20,7 @@ ORDER = [
     "layers",
     "text",
     "checkpoint",
+    "distribution",
     "decoding",
     "tuning",
     "models",
