@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -31,6 +32,7 @@ from puna.backend.generic import (
 )
 from puna.backend.jax_accumulate import accumulated_step
 from puna.backend.jax_loss import head_loss
+from puna.backend.jax_shards import by_rows, whole_logits
 from puna.backend.kernels import jax_calls
 from puna.backend.kernels.library import FEW_TOKENS
 from puna.backend.memory import ALIGNMENT, aligned_copy, aligned_zeros, is_aligned, numpy_dtype
@@ -42,7 +44,7 @@ __all__ = [
     "call_block", "call_blocks", "compile_step", "cond", "embed", "gated", "head_loss",
     "initialize", "initialize_at_random", "keeps", "linear", "linears", "merge_heads", "place",
     "prepare", "rms_norm", "rotate", "silu", "split_heads", "switch", "to_numpy", "value",
-    "while_loop",
+    "while_loop", "whole_logits",
 ]  # fmt: skip
 
 
@@ -110,7 +112,7 @@ def embed(weight: Tensor | Packed, token_ids: Tensor) -> Tensor:
         rows = _take_half(jnp.asarray(weight), token_ids)
     else:
         rows = jnp.take(jnp.asarray(weight), token_ids, axis=0)
-    return jax_shards.by_rows(rows)
+    return by_rows(rows)
 
 
 @jax.custom_jvp
@@ -318,6 +320,7 @@ def compile_step(
 
     compiled = jax.jit(stateless, donate_argnums=[position + 1 for position in donate])
 
+    @functools.wraps(compiled)
     def step(*args: Any) -> Any:
         return compiled([variable.value for variable in variables], *args)
 

@@ -87,10 +87,11 @@ def initialize_at_random(variable: Any, sharding: Sharding) -> None:
     if (held := getattr(initializer, "array", None)) is not None:
         value = cut(held, sharding, np.ascontiguousarray).assemble()
     elif isinstance(initializer, keras.initializers.Initializer):
-        config = {k: v for k, v in initializer.get_config().items() if k != "seed"}
-        seed = getattr(initializer, "seed", 0)
+        config = initializer.get_config()
+        if "seed" in config:
+            config["seed"] = 0  # takes the place of one that would be drawn from Keras's
         draw = _drawn(type(initializer), tuple(config.items()), shape, dtype, sharding)
-        value = draw(jnp.asarray([seed, 0], jnp.uint32))
+        value = draw(jnp.asarray([getattr(initializer, "seed", 0), 0], jnp.uint32))
     else:
         value = jax.device_put(initializer(shape, dtype), sharding)
     variable._initialize(value)
@@ -186,6 +187,16 @@ def by_rows(x: Tensor) -> Tensor:
     """Hidden states [B, T, D], rows along the batch axis."""
     mesh = current_mesh()
     return x if mesh is None else constrained(x, mesh.spec(x.shape, mesh.batch))
+
+
+def whole_logits(logits: Tensor) -> Tensor:
+    """See `BackendOps.whole_logits`."""
+    mesh = current_mesh()
+    if mesh is None:
+        return logits
+    # They are computed in parts: XLA would sooner gather the head's weight than them.
+    axes = (mesh.batch, *[None] * (logits.ndim - 2), mesh.heads(logits.shape[-1]))
+    return placed(constrained(logits, mesh.spec(logits.shape, *axes)))
 
 
 def constrained(array: Any, sharding: Sharding) -> Tensor:

@@ -131,6 +131,10 @@ class BackendOps(Protocol):
         """
         ...
 
+    def whole_logits(self, logits: Tensor) -> Tensor:
+        """Logits [..., V] as a sampler takes them: all on every device, of several."""
+        ...
+
     def rms_norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         """Divide by the root mean square of the last axis, times `weight` [D], in float32.
 

@@ -26,6 +26,7 @@ from puna.backend.generic import (
     switch,
     value,
     while_loop,
+    whole_logits,
 )
 from puna.backend.kernels import tensorflow_calls
 from puna.backend.memory import aligned_copy, numpy_dtype
@@ -39,7 +40,7 @@ __all__ = [
     "call_block", "call_blocks", "compile_step", "cond", "embed", "gated", "head_loss",
     "initialize", "initialize_at_random", "keeps", "linear", "linears", "merge_heads", "place",
     "prepare", "rms_norm", "rotate", "silu", "split_heads", "switch", "to_numpy", "value",
-    "while_loop",
+    "while_loop", "whole_logits",
 ]  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from keras.src.backend.torch.core import get_device
 from torch.nn import functional
 
 from puna.backend import generic
-from puna.backend.generic import assign, call_block, initialize_at_random
+from puna.backend.generic import assign, call_block, initialize_at_random, whole_logits
 from puna.backend.kernels import torch_calls
 from puna.backend.kernels.library import FEW_TOKENS
 from puna.backend.memory import aligned_copy, numpy_dtype
@@ -29,6 +29,7 @@ __all__ = [
     "call_blocks", "compile_step", "cond", "embed", "gated", "gather_rows", "head_loss",
     "initialize", "initialize_at_random", "keeps", "linear", "linears", "merge_heads", "place",
     "prepare", "rms_norm", "rotate", "silu", "split_heads", "to_device", "to_numpy", "value",
+    "whole_logits",
     "zeros",
 ]  # fmt: skip
 

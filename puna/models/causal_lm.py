@@ -9,7 +9,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from puna import distribution, samplers
+from puna import backend, distribution, samplers
 from puna.backend.protocol import Tensor
 from puna.checkpoint.model_card import ModelCard
 from puna.checkpoint.variable_names import is_of_adapter, tensor_name
@@ -201,7 +201,8 @@ class Llama3CausalLM(Trainable, Generating, ResizableVocabulary, Adaptable, Quan
         if last_B is None:
             return None, cache
         x_B1D = ops.take_along_axis(x_BTD, ops.cast(last_B, "int32")[:, None, None], axis=1)
-        return self._logits(x_B1D)[:, 0], cache
+        # A sampler looks at all of a row's logits, many times.
+        return backend.ops.whole_logits(self._logits(x_B1D)[:, 0]), cache
 
     def shift(self, cache: Cache, drop_B: Tensor, keep: Tensor) -> Cache:
         """See `Llama3Backbone.shift`."""
@@ -212,7 +213,7 @@ class Llama3CausalLM(Trainable, Generating, ResizableVocabulary, Adaptable, Quan
     ) -> tuple[Tensor, Cache]:
         """As `step`, with the logits `[B, T, V]` of all positions."""
         x_BTD, cache = self.backbone.step(token_ids_BT, start_B, cache, length_B)
-        return self._logits(x_BTD), cache
+        return backend.ops.whole_logits(self._logits(x_BTD)), cache
 
     def _logits(self, x_BTD: Tensor, training: bool = False) -> Tensor:
         if self.lm_head is None:

@@ -11,7 +11,9 @@ from keras import ops
 
 from puna import backend, samplers
 from puna.backend import build
+from puna.backend.even_batches import EvenBatches, evened, real_rows
 from puna.backend.protocol import Tensor
+from puna.backend.step_loss import counting_rows, weigh_by_rows
 from puna.errors import ConfigError
 from puna.tuning.data import Preprocessed
 
@@ -98,6 +100,7 @@ class Trainable:
         super().compile(  # type: ignore[misc]
             optimizer=optimizer, loss=loss, weighted_metrics=weighted_metrics, **kwargs
         )
+        weigh_by_rows(cast("Any", self))
 
     @property
     def metrics(self) -> list[keras.metrics.Metric]:
@@ -149,31 +152,33 @@ class Trainable:
         model._check_optimizer()
         self._compile_if_needed()
         with Preprocessed(model.preprocessor, "fit", x, y, kwargs) as data:
-            return super().fit(**data)  # type: ignore[misc]
+            return super().fit(**evened("fit", data))  # type: ignore[misc]
 
     def evaluate(self, x: Any = None, y: Any = None, **kwargs: Any) -> Any:
         """Keras's `evaluate`, on text too; see `fit`."""
         self._compile_if_needed()
         with Preprocessed(cast("Any", self).preprocessor, "evaluate", x, y, kwargs) as data:
-            return super().evaluate(**data)  # type: ignore[misc]
+            return super().evaluate(**evened("evaluate", data))  # type: ignore[misc]
 
     def predict(self, x: Any, **kwargs: Any) -> Any:
         """Keras's `predict`, on text too: logits `[B, T, V]`, a row for each of `x`."""
         with Preprocessed(cast("Any", self).preprocessor, "predict", x, None, kwargs) as data:
-            return super().predict(**data)  # type: ignore[misc]
+            data = evened("predict", data)
+            found = super().predict(**data)  # type: ignore[misc]
+            return data["x"].real(found) if isinstance(data["x"], EvenBatches) else found
 
     # One step
 
     def train_step(self, *arguments: Any) -> Any:
         """Keras's, with the model's own loss where `compile` was left to choose it."""
-        with self._stepping():
+        with self._stepping(arguments[-1]):
             if self._parts > 1 and self.trainable_variables:
                 return backend.ops.accumulated_step(self, self._parts, *arguments)
             return super().train_step(*arguments)  # type: ignore[misc]
 
     def test_step(self, *arguments: Any) -> Any:
         """As `train_step`."""
-        with self._stepping():
+        with self._stepping(arguments[-1]):
             return super().test_step(*arguments)  # type: ignore[misc]
 
     def compute_loss(
@@ -221,13 +226,14 @@ class Trainable:
         return -(-tokens // pieces // 16) * 16 if tokens else 16
 
     @contextlib.contextmanager
-    def _stepping(self) -> Iterator[None]:
+    def _stepping(self, data: Any) -> Iterator[None]:
         head = cast("Llama3CausalLM", self).lm_head
         # What is dropped at random would have to be told apart from piece to piece.
         drops = head is not None and any(a.settings.dropout for a in head.in_use)
         self._is_stepping = self._sums_loss and self._has_own_loss and not drops
         try:
-            yield
+            with counting_rows(self, real_rows(data)):
+                yield
         finally:
             self._is_stepping = False
 

@@ -12,6 +12,7 @@ import keras
 import numpy as np
 from rich.console import Console
 
+from puna.backend.even_batches import EvenBatches
 from puna.errors import DataError, TokenizerError
 from puna.tuning.batches import Arrays, TokenBatches, arrays
 from puna.tuning.examples import ExampleMaker, Examples
@@ -208,6 +209,8 @@ def _look(data: Any) -> tuple[Any, bool]:
     """The data, and whether it is rows; an iterator's first element is looked at and put back."""
     if isinstance(data, TextData):
         return data, True
+    if isinstance(data, EvenBatches):
+        return data, False
     if not isinstance(data, Iterator):
         return data, holds_rows(data)
     first, again = peek(data)
