@@ -76,9 +76,10 @@ class EvenBatches(DataAdapter):
         if y is not None and weights is None:  # in all batches alike, or there are two programs
             weights = tree.map_structure(lambda a: np.ones(a.shape[:2], np.float32), y)
         if more:
-            x, y, weights = tree.map_structure(
+            fuller: Any = tree.map_structure(
                 lambda a: None if a is None else _with_zeros(a, more), (x, y, weights)
             )
+            x, y, weights = fuller
         return keras.utils.pack_x_y_sample_weight(x, y, weights)  # pyright: ignore
 
 
