@@ -117,8 +117,7 @@ def train(preset: str, new_tokens: int, uri: str | None) -> None:
         else:
             show(puna.upload_preset(uri=uri, preset=f"{directory}/pirate-llama"))
 
-    # The article goes on to a device mesh, which is still to come:
-    #   layout_map = puna.models.Llama3Backbone.get_layout_map(device_mesh)
+    # The article goes on to a device mesh: see examples/model_parallel.py.
 
 
 def title(text: str) -> None:

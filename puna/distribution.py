@@ -246,7 +246,7 @@ def _report(whole: dict[str, list[str]], unused: Sequence[str], distribution: An
             'path is such as "model/layers_0/self_attn/q_proj/weight"'
         )
     if told:
-        warnings.warn("; ".join(told), ShardingWarning, stacklevel=4)
+        warnings.warn("; ".join(told), ShardingWarning, stacklevel=6)
 
 
 def _grouped(names: Sequence[str]) -> str:

@@ -36,14 +36,18 @@ IDS = [[1, 2, 3, 4, 5, 6, 7, 8], [9, 8, 7, 6, 5, 4, 3, 2], [30, 1, 2, 9, 9, 9, 9
 
 def seen(*names: str) -> dict[str, Any]:
     """What the functions of these names return, each run after the other in one process."""
+    code = "import sys; from tests import meshes; meshes.main(sys.argv[1:])"
+    return result_of(code, *names, env=eight_devices())
+
+
+def eight_devices() -> dict[str, str]:
+    """The environment of a process that has eight devices."""
     flags = f"--xla_force_host_platform_device_count={DEVICES}"
-    env = os.environ | {
+    return os.environ | {
         "KERAS_BACKEND": "jax",
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}",
     }
-    code = "import sys; from tests import meshes; meshes.main(sys.argv[1:])"
-    return result_of(code, *names, env=env)
 
 
 def main(names: list[str]) -> None:

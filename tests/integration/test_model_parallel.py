@@ -1,8 +1,14 @@
 """A model on eight devices does what it does on one; see `tests/meshes.py`, which has the eight."""
 
+import re
+
 import pytest
 
-from tests.meshes import MESHES, seen
+from puna.errors import BackendError
+from puna.models import CausalLM, Llama3Backbone
+from puna.testing import write_tiny_preset
+from tests.meshes import MESHES, SHAPE, eight_devices, seen
+from tests.processes import ROOT, run
 
 # The devices are JAX's in processes of their own, whatever the tests run on.
 pytestmark = pytest.mark.backend_free
@@ -212,3 +218,30 @@ def test_a_token_gathers_no_weight_and_sums_twice_a_layer():
         assert sorted(outside) == ["all-gather"] + ["all-reduce"] * rows
         # Of one row: no weight has a first axis of 1.
         assert all(shape.endswith("[1") for _, shape, _ in found[kind])
+
+
+@pytest.mark.slow
+def test_the_articles_section_runs(tmp_path):
+    preset = write_tiny_preset(tmp_path / "llama", **SHAPE, max_position_embeddings=512)
+    script = str(ROOT / "examples" / "model_parallel.py")
+    options = ["--directory", str(tmp_path / "pirate"), "--new-tokens", "4", "--rows", "5"]
+    done = run([script, "--preset", str(preset), *options], eight_devices())
+    assert done.status == 0, done.err
+    assert "Warning" not in done.err
+    parts = re.split(r"^== (.*) ==$", done.out, flags=re.MULTILINE)
+    said = dict(zip(parts[1::2], (part.strip() for part in parts[2::2]), strict=True))
+    first, own = said["The default layout map"], said["A layout map of one's own"]
+    assert "o_proj (64, 64) of which a device has (64, 16)" in first
+    assert first.splitlines()[-1] == own
+    assert "loss:" in said["Fine-tuning"]
+    assert CausalLM.from_preset(tmp_path / "pirate").config.hidden_size == 64
+
+
+@pytest.mark.parametrize("asked", [{"mesh": (2, 4)}, {"sharding": "auto"}])
+def test_other_backends_say_at_once_what_to_do(asked):
+    with pytest.raises(BackendError, match="KERAS_BACKEND=jax"):
+        CausalLM.from_preset("nowhere", **asked)
+    with pytest.raises(BackendError, match="KERAS_BACKEND=jax"):
+        Llama3Backbone.from_preset("nowhere", **asked)
+    with pytest.raises(BackendError, match="KERAS_BACKEND=jax"):
+        Llama3Backbone.get_layout_map(None)
