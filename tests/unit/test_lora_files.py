@@ -135,6 +135,27 @@ def test_an_adapter_is_saved_loaded_and_goes_on_learning(tmp_path):
         again.load_adapter(tmp_path / "adapter", name="pirate")
 
 
+@pytest.mark.parametrize("form", ["adapter", "merged"])
+def test_what_was_saved_learns_on_from_where_it_was(form, tmp_path):
+    model_of().save_to_preset(tmp_path / "base")
+    model = CausalLM.from_preset(tmp_path / "base")
+    model.enable_lora(rank=4, alpha=8)
+    losses = fit(model)
+    if form == "adapter":
+        model.save_to_preset(tmp_path / "tuned", adapter="only")
+        again = CausalLM.from_preset(tmp_path / "base")
+        again.load_adapter(tmp_path / "tuned")
+    else:
+        model.save_to_preset(tmp_path / "tuned")
+        again = CausalLM.from_preset(tmp_path / "tuned")
+        again.enable_lora(rank=4, alpha=8)  # a new one, which changes nothing at first
+    unbroken, broken = fit(model), fit(again)
+    assert broken[0] == pytest.approx(unbroken[0], rel=1e-5)
+    assert broken[-1] < broken[0] < losses[-1] < losses[0]
+    if form == "adapter":
+        assert broken == pytest.approx(unbroken, rel=1e-5)
+
+
 @each_kind
 def test_a_preset_is_written_merged(kind, tmp_path):
     model = adapted(kind)
