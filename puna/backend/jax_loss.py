@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import keras
 
+from puna.backend import jax_shards
 from puna.backend.protocol import Tensor
 
 
@@ -22,18 +23,25 @@ def head_loss(
     rows: int,
     training: bool,
 ) -> tuple[Tensor, Tensor]:
-    """See `BackendOps.head_loss`; `grad` itself says whether gradients are wanted."""
+    """See `BackendOps.head_loss`; `grad` itself says whether gradients are wanted.
+
+    Where a mesh's devices share out the rows, each has `rows` of its own in a piece.
+    """
     del training
     N = x_ND.shape[0]
-    pieces = -(-N // rows)
+    G = jax_shards.groups_of_rows(N)
+    pieces = -(-N // (G * rows))
     # Rows without a weight come last, and whole pieces of them are left out.
-    order_N = jnp.argsort(weights_N == 0, stable=True)
-    used = jnp.count_nonzero(weights_N)
+    order_GN = jnp.argsort(weights_N.reshape(G, -1) == 0, axis=1, stable=True)
+    used = jnp.count_nonzero(weights_N.reshape(G, -1), axis=1).max()
 
     def piecewise(array: Tensor) -> Tensor:
-        array = array[order_N]
-        padding = [(0, pieces * rows - N)] + [(0, 0)] * (array.ndim - 1)
-        return jnp.pad(array, padding).reshape(pieces, rows, *array.shape[1:])
+        array = array.reshape(G, N // G, *array.shape[1:])
+        array = jax.vmap(lambda its, order: its[order])(array, order_GN)
+        padding = [(0, 0), (0, pieces * rows - N // G)] + [(0, 0)] * (array.ndim - 2)
+        array = jnp.pad(array, padding).reshape(G, pieces, rows, *array.shape[2:])
+        array = array.swapaxes(0, 1).reshape(pieces, G * rows, *array.shape[3:])
+        return jax_shards.by_rows(array, axis=1)
 
     trained = [v for v in variables if v.trainable]
     frozen = [v for v in variables if not v.trainable]

@@ -152,8 +152,9 @@ def current_mesh() -> Mesh | None:
     return Mesh(distribution.device_mesh.backend_mesh, distribution.batch_dim_name)
 
 
-def rows_per_device(mesh: Mesh | None, rows: int) -> int:
-    """In how many parts `rows` rows are cut."""
+def groups_of_rows(rows: int) -> int:
+    """In how many parts so many rows are cut."""
+    mesh = current_mesh()
     count = 1 if mesh is None else mesh.mesh.shape[mesh.batch]
     return count if rows % count == 0 else 1
 
@@ -183,10 +184,12 @@ def placed(array: Tensor) -> Tensor:
     return array if sharding is None else constrained(array, sharding)
 
 
-def by_rows(x: Tensor) -> Tensor:
-    """Hidden states [B, T, D], rows along the batch axis."""
+def by_rows(x: Tensor, axis: int = 0) -> Tensor:
+    """An array such as hidden states [B, T, D] with its rows cut along the batch axis."""
     mesh = current_mesh()
-    return x if mesh is None else constrained(x, mesh.spec(x.shape, mesh.batch))
+    if mesh is None:
+        return x
+    return constrained(x, mesh.spec(x.shape, *[None] * axis, mesh.batch))
 
 
 def whole_logits(logits: Tensor) -> Tensor:
