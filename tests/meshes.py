@@ -21,7 +21,7 @@ DEVICES = 8
 MESHES = ((1, 8), (2, 4), (8, 1), (4, 2))
 
 # All that eight devices can divide.
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 256,
     "num_attention_heads": 8,
@@ -29,7 +29,11 @@ SHAPE = {
     "vocab_size": 320,
 }
 # As SmolLM2's: 9 query heads and 3 key/value heads.
-ODD_HEADS = SHAPE | {"hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3}
+ODD_HEADS: dict[str, Any] = SHAPE | {
+    "hidden_size": 72,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+}
 ROWS = ["Hello there world", "Hi you are", "the system", "you", "a user and an assistant"]
 IDS = [[1, 2, 3, 4, 5, 6, 7, 8], [9, 8, 7, 6, 5, 4, 3, 2], [30, 1, 2, 9, 9, 9, 9, 1], [5] * 8]
 
@@ -98,7 +102,7 @@ def done_by(model: Any, *, trains: bool = True) -> dict[str, Any]:
 
     from puna.tuning import TextData
 
-    found = {"logits": np.asarray(model.predict(np.array(IDS), verbose=0))}
+    found: dict[str, Any] = {"logits": np.asarray(model.predict(np.array(IDS), verbose=0))}
     found["tokens"] = [
         list(map(int, row)) for row in model.generate(IDS[:3], max_new_tokens=6, sampler="greedy")
     ]
@@ -198,14 +202,22 @@ def parity_bfloat16() -> dict[str, Any]:
 def places() -> dict[str, Any]:
     """Where the variables of tiny models lie, and how many bytes each device holds."""
     from puna.backend.jax_shards import bytes_on_devices
+    from puna.models import Llama3CausalLM
+    from puna.testing import write_tiny_preset
 
     found = {}
-    for mesh in MESHES:
-        for kind in ("plain", "int8", "int4 lora"):
-            on(mesh)
-            model = model_of(kind)
+    with tempfile.TemporaryDirectory() as folder:
+        preset = write_tiny_preset(folder, **SHAPE)
+        for mesh, mode, rank in (
+            *((mesh, mode, 0) for mesh in MESHES for mode in (None, "int8")),
+            ((2, 4), "int4", 4),
+        ):
+            on(None)
+            model = Llama3CausalLM.from_preset(preset, mesh=mesh, quantization=mode)
+            if rank:
+                model.enable_lora(rank)
             values = [variable.value for variable in model.variables]
-            found[f"{mesh} {kind}"] = {
+            found[f"{mesh} {mode}"] = {
                 "axes": {v.path: list(v.value.sharding.spec) for v in model.variables},
                 "largest": max(bytes_on_devices(values).values()),
                 "total": sum(value.nbytes for value in values),
@@ -257,6 +269,7 @@ def loading() -> dict[str, Any]:
     from puna.backend import jax_shards
     from puna.models import Llama3CausalLM
     from puna.testing import write_tiny_preset
+    from tests.unit.test_gguf_models import write as write_gguf
 
     read: list[int] = []
     put: list[int] = []
@@ -278,12 +291,14 @@ def loading() -> dict[str, Any]:
         preset = write_tiny_preset(Path(folder) / "plain", **SHAPE, dtype="bfloat16")
         ref = Llama3CausalLM.from_preset(preset, dtype="float32", quantization="int4")
         ref.save_to_preset(Path(folder) / "packed")
+        gguf = write_gguf(Path(folder) / "model.gguf", "Q4_K")
         cases: list[tuple[str, Any, tuple[int, int], dict[str, Any]]] = [
             ("plain", preset, (1, 8), {}),
             ("two copies", preset, (2, 4), {}),
             ("other dtype", preset, (1, 8), {"dtype": "float32"}),
             ("int8 on load", preset, (1, 8), {"quantization": "int8"}),
             ("packed", Path(folder) / "packed", (1, 8), {}),
+            ("gguf", gguf, (4, 2), {"preprocessor": None}),
         ]
         for name, path, mesh, options in cases:
             on(None)
@@ -322,7 +337,7 @@ def saving() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         preset = write_tiny_preset(Path(folder) / "plain", **SHAPE, dtype="bfloat16")
         for kind in ("plain", "int4"):
-            options = {} if kind == "plain" else {"quantization": kind}
+            options: dict[str, Any] = {} if kind == "plain" else {"quantization": kind}
             for mesh in (None, (2, 4)):
                 on(mesh)
                 model = Llama3CausalLM.from_preset(preset, **options)
@@ -383,6 +398,23 @@ def uneven() -> dict[str, Any]:
         "rows": len(others),
         "apart": float(np.abs(others - logits).max()),
     }
+
+
+def moved() -> dict[str, Any]:
+    """What is said of a model that is used on other devices than it was made for."""
+    from puna.errors import ConfigError
+
+    found = {}
+    for name, before, after in (("to many", None, (2, 4)), ("to one", (2, 4), None)):
+        on(before)
+        model = model_of("plain")
+        on(after)
+        try:
+            model.generate([IDS[0]], max_new_tokens=1)
+        except ConfigError as error:
+            found[name] = str(error)
+    on(None)
+    return found
 
 
 def talking() -> dict[str, Any]:
@@ -448,10 +480,16 @@ def maps() -> dict[str, Any]:
     import keras
 
     from puna.errors import ConfigError
-    from puna.testing import tiny_model
+    from puna.models import Llama3CausalLM
+    from puna.testing import write_tiny_preset
 
+    folder = tempfile.TemporaryDirectory()
     devices = keras.distribution.list_devices()
     device_mesh = keras.distribution.DeviceMesh((2, 4), ["batch", "model"], devices)
+
+    both: tuple[dict[str, Any], ...] = ({}, ODD_HEADS)
+    for changes in both:
+        write_tiny_preset(Path(folder.name) / str(len(changes)), **(SHAPE | changes))
 
     def tried(rules: dict[str, Any], **changes: Any) -> dict[str, Any]:
         layout_map = keras.distribution.LayoutMap(device_mesh)
@@ -460,10 +498,11 @@ def maps() -> dict[str, Any]:
         keras.distribution.set_distribution(
             keras.distribution.ModelParallel(layout_map=layout_map, batch_dim_name="batch")
         )
+        path = Path(folder.name) / str(len(changes))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
-                model = tiny_model(**(SHAPE | changes))
+                model = Llama3CausalLM.from_preset(path)
             except ConfigError as error:
                 return {"error": str(error)}
             finally:
@@ -479,7 +518,7 @@ def maps() -> dict[str, Any]:
         ".*down_proj/weight": (None, "model"),
         ".*lm_head/weight": ("model", None),
     }
-    return {
+    found = {
         "own": tried(attention | rest),
         "partial": tried(attention | {".*nothing/weight": ("model", None)}),
         "keras-hub": tried({"token_embedding/embeddings": ("model", None)}),
@@ -489,6 +528,8 @@ def maps() -> dict[str, Any]:
         "wrong rank": tried({".*q_proj/weight": ("model",)}),
         "odd heads": tried(rest | attention, **ODD_HEADS),
     }
+    folder.cleanup()
+    return found
 
 
 def arguments() -> dict[str, Any]:
@@ -510,7 +551,8 @@ def arguments() -> dict[str, Any]:
             except PunaError as error:
                 found[name] = str(error)
             else:
-                found[name] = list(keras.distribution.distribution().device_mesh.shape)
+                distribution: Any = keras.distribution.distribution()
+                found[name] = list(distribution.device_mesh.shape)
 
         mesh_of("2, 4", mesh=(2, 4))
         mesh_of("again", mesh=(2, 4))

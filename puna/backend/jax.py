@@ -309,6 +309,7 @@ def compile_step(
 ) -> Callable[..., Any]:
     """See `BackendOps.compile_step`; weights are arguments, so that XLA folds none of them."""
     _keep_compiled_programs()
+    jax_shards.check_places(variables)
 
     def stateless(weights: list[Tensor], *args: Any) -> Any:
         before, _tracing.blocks = _tracing.blocks, {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from puna.backend.memory import is_aligned
 from puna.backend.protocol import Tensor
+from puna.errors import ConfigError
 
 
 class Shards(NamedTuple):
@@ -110,6 +111,26 @@ def _drawn(
         return initializer(shape, dtype=dtype)
 
     return jax.jit(draw, out_shardings=sharding)
+
+
+def check_places(variables: Sequence[Any]) -> None:
+    """Refuse weights that are elsewhere than the distribution that is set now would have them.
+
+    They would be copied to all devices, or from all to one, in every call.
+
+    Raises:
+        ConfigError: as said.
+    """
+    distribution = keras.distribution.distribution()
+    wanted = 1 if distribution is None else distribution.device_mesh.devices.size
+    for variable in variables:
+        devices = len(variable.value.sharding.device_set)
+        if devices != wanted:
+            raise ConfigError(
+                f"{variable.path} is on {devices} devices, and the distribution that is set has "
+                f"{wanted}; set keras.distribution before the model is made, and leave it set "
+                "while the model is used"
+            )
 
 
 def gather(value: Tensor) -> np.ndarray:

@@ -17,17 +17,19 @@ pytestmark = pytest.mark.backend_free
 @pytest.fixture(scope="module")
 def quick():
     """What compiles little."""
-    return seen("places", "places_of_1b", "loading", "saving", "arguments", "maps")
+    return seen("places", "places_of_1b", "loading", "saving", "arguments", "maps", "moved")
 
 
 def model_axis(mesh):
     return mesh[1]
 
 
-@pytest.mark.parametrize("kind", ["plain", "int8", "int4 lora"])
-@pytest.mark.parametrize("mesh", MESHES)
-def test_every_matrix_is_cut_and_what_belongs_to_it_with_it(quick, mesh, kind):
-    found = quick["places"][f"{mesh} {kind}"]
+@pytest.mark.parametrize(
+    ("mesh", "mode"),
+    [*((mesh, mode) for mesh in MESHES for mode in (None, "int8")), ((2, 4), "int4")],
+)
+def test_every_matrix_is_cut_and_what_belongs_to_it_with_it(quick, mesh, mode):
+    found = quick["places"][f"{mesh} {mode}"]
     scales = 0
     for path, axes in found["axes"].items():
         *_, layer, part = path.removesuffix("/default/weight").split("/")
@@ -42,12 +44,12 @@ def test_every_matrix_is_cut_and_what_belongs_to_it_with_it(quick, mesh, kind):
             scales += 1
             # A row's scale is of all of its inputs; groups of them have one each.
             assert axes[0] == (None if is_input else "model"), path
-            if kind == "int4 lora" and layer == "down_proj":
+            if mode == "int4" and layer == "down_proj":
                 assert axes[1] == "model"
         else:
             assert axes == [None], path
-    assert bool(scales) == (kind != "plain")
-    if kind == "plain":  # norms and scales are a large part of a tiny quantized model
+    assert bool(scales) == (mode is not None)
+    if mode is None:  # norms and scales are a large part of a tiny quantized model
         assert found["largest"] <= 1.1 * found["total"] / model_axis(mesh)
 
 
@@ -60,7 +62,7 @@ def test_of_a_1b_model_each_device_has_its_share(quick, mesh):
     assert found["largest"] <= 1.001 * found["total"] / model_axis(mesh)
 
 
-CASES = ["plain", "two copies", "other dtype", "int8 on load", "packed"]
+CASES = ["plain", "two copies", "other dtype", "int8 on load", "packed", "gguf"]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -98,6 +100,11 @@ def test_one_argument_makes_the_mesh(quick):
 )
 def test_arguments_that_cannot_be_are_refused(quick, name, words):
     assert all(word in quick["arguments"][name] for word in words), quick["arguments"][name]
+
+
+@pytest.mark.parametrize("case", ["to many", "to one"])
+def test_a_model_stays_on_the_devices_that_it_was_made_for(quick, case):
+    assert "set keras.distribution before the model is made" in quick["moved"][case]
 
 
 def test_a_failed_load_leaves_no_distribution(quick):
