@@ -48,9 +48,9 @@ pirate: $(VENV)/.pirate
 
 test: check
 	$(BIN)/python -m tests.assets
-	$(QUICK) KERAS_BACKEND=torch $(RUN_TESTS) -m "not soak" -n 2 --durations=15
-	$(QUICK) KERAS_BACKEND=jax $(RUN_TESTS) -m "not soak and not backend_free" -n 2
-	$(QUICK) KERAS_BACKEND=tensorflow $(RUN_TESTS) -m "not soak and not backend_free" -n 2
+	$(QUICK) KERAS_BACKEND=torch $(RUN_TESTS) -m "not soak" -n 2 --durations=25
+	$(QUICK) KERAS_BACKEND=jax $(RUN_TESTS) -m "not soak and not backend_free" -n 2 --durations=25
+	$(QUICK) KERAS_BACKEND=tensorflow $(RUN_TESTS) -m "not soak and not backend_free" -n 2 --durations=25
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check --quiet .

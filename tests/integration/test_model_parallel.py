@@ -171,12 +171,11 @@ def close(found):
     "name",
     [
         "parity",
-        "parity_elsewhere",
-        "parity_lora",
-        "parity_int8",
-        "parity_int4",
         "parity_odd_heads",
-        "parity_shared_heads",
+        *(
+            pytest.param(f"parity_{kind}", marks=pytest.mark.soak)  # half a minute each
+            for kind in ("elsewhere", "lora", "int8", "int4", "shared_heads")
+        ),
     ],
 )
 def test_logits_tokens_loss_and_gradients_are_those_of_one_device(name):
