@@ -24,6 +24,7 @@ HEAD = """# Benchmarks
 | `kernels` | how fast the native products are, beside a plain read and torch's |
 | `quality CHECKPOINT` | how well models predict a text, rounded or not, and the peers |
 | `finetune CHECKPOINT` | how fast a LoRA is trained, and in how much memory |
+| `loss_memory` | how much memory a training step takes for its loss |
 | `leave_grid DIR` | trains SmolLM2 until its weights have left their 4-bit grid |
 | `checkpoints DIR` | makes a checkpoint of a real shape with random weights |
 | `gguf_file CHECKPOINT FILE` | makes the GGUF file of a checkpoint, for llama.cpp |
