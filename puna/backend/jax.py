@@ -294,8 +294,9 @@ def assign(variable: Any, array: np.ndarray) -> None:
     if variable._layout is None:
         variable.assign(array)
         return
-    array = array.astype(numpy_dtype(variable._dtype))
-    shards = jax_shards.cut(array, jax_shards.sharding_of(variable), np.array)
+    dtype = numpy_dtype(variable._dtype)
+    sharding = jax_shards.sharding_of(variable)
+    shards = jax_shards.cut(array, sharding, lambda part: aligned_copy(part, dtype))
     variable._direct_assign(shards.assemble())
 
 

@@ -137,7 +137,7 @@ def restore(model: Any, checkpoint: Path) -> None:
                 "run anew, with --restart or in another directory"
             )
         for name, variable in variables.items():
-            variable.assign(source.read(name))
+            backend.ops.assign(variable, source.read(name))
     finally:
         source.close()
 
@@ -154,7 +154,7 @@ def restore_weights(model: Any, checkpoint: Path) -> None:
     source = SafetensorsSource(checkpoint)
     try:
         for name, variable in model.tensors().items():
-            variable.assign(source.read(name))
+            backend.ops.assign(variable, source.read(name))
             source.release(name)
     finally:
         source.close()
