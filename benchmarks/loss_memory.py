@@ -7,9 +7,9 @@ Usage:
 The model is Llama 3.2 1B's head, tied to the embedding, above as little as there can be: one block
 of one head and an MLP of 64, both with LoRAs, which alone are trained. A figure is what one step
 (`train_on_batch` of one row), after one of 16 tokens, takes at its peak beyond what the process
-held before it, weights included. Each is of a process of its own. Of the same model with a vocabulary of 256, nearly
-nothing is for the loss: the difference is what the loss takes. "-all-logits" is the same with
-Keras's own loss, which gets the logits of all tokens.
+held before it, weights included. Each is of a process of its own. Of the same model with a
+vocabulary of 256, nearly nothing is for the loss: the difference is what the loss takes.
+"-all-logits" is the same with Keras's own loss, which gets the logits of all tokens.
 """
 
 from __future__ import annotations
