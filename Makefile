@@ -12,7 +12,7 @@ RUN_TESTS := $(BIN)/python -m pytest
 # backend runs once, where there is nothing to compile.
 QUICK := OMP_NUM_THREADS=1 TF_NUM_INTRAOP_THREADS=1 TF_NUM_INTEROP_THREADS=1 \
 	TF_CPP_MIN_LOG_LEVEL=3 XLA_FLAGS=--xla_backend_optimization_level=0
-BACKENDS := jax torch tensorflow
+ON_BOTH_CORES := -n 2 --durations=25
 
 help:
 	@echo "make demo    load a small real model and ask it something"
@@ -48,9 +48,9 @@ pirate: $(VENV)/.pirate
 
 test: check
 	$(BIN)/python -m tests.assets
-	$(QUICK) KERAS_BACKEND=torch $(RUN_TESTS) -m "not soak" -n 2 --durations=25
-	$(QUICK) KERAS_BACKEND=jax $(RUN_TESTS) -m "not soak and not backend_free" -n 2 --durations=25
-	$(QUICK) KERAS_BACKEND=tensorflow $(RUN_TESTS) -m "not soak and not backend_free" -n 2 --durations=25
+	$(QUICK) KERAS_BACKEND=torch $(RUN_TESTS) -m "not soak" $(ON_BOTH_CORES)
+	$(QUICK) KERAS_BACKEND=jax $(RUN_TESTS) -m "not soak and not backend_free" $(ON_BOTH_CORES)
+	$(QUICK) KERAS_BACKEND=tensorflow $(RUN_TESTS) -m "not soak and not backend_free" $(ON_BOTH_CORES)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check --quiet .

@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.peers import NOT_INSTALLED, note, peer_of, python_of
+from puna.machine import peak_memory
 
 ENGINES = (
     "puna-torch-int8", "puna-torch-bfloat16", "puna-torch-float32",
@@ -118,12 +119,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         start = time.perf_counter()
         losses.append(step(ids))
         times.append(time.perf_counter() - start)
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    peak = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
     tokens = arguments.batch * arguments.length
     return {
         "tokens/s": tokens / statistics.median(times[UNCOUNTED:]),
-        "peak": int(peak) * 1024 / 1e9,
+        "peak": (peak_memory() or 0) / 1e9,
         "first step": times[0],
         "losses": losses,
     }

@@ -18,6 +18,7 @@ of whole rows stay in the file's pages, and are part of it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -25,42 +26,54 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from puna.machine import resident_memory
+from puna.machine import peak_memory, resident_memory
 
 
-def work(directory: Path, mesh: tuple[int, int] | None, options: dict[str, Any]) -> dict[str, Any]:
-    """Load once, in this process."""
+@contextlib.contextmanager
+def counted() -> Iterator[tuple[list[int], list[int]]]:
+    """In this scope, the bytes of each shard that is read, and of each array put on a device."""
     import jax
 
     from puna.backend import jax_shards
-    from puna.models import Llama3CausalLM
 
     read: list[int] = []
     put: list[int] = []
     cut, device_put = jax_shards.cut, jax.device_put
 
     def counting_cut(array: Any, sharding: Any, prepare: Any) -> Any:
-        def counted(part: Any) -> Any:
+        def counting(part: Any) -> Any:
             read.append(part.nbytes)
             return prepare(part)
 
-        return cut(array, sharding, counted)
+        return cut(array, sharding, counting)
 
-    def counting_put(value: Any, *arguments: Any, **others: Any) -> Any:
+    def counting_put(value: Any, *arguments: Any, **options: Any) -> Any:
         put.append(value.nbytes)
-        return device_put(value, *arguments, **others)
+        return device_put(value, *arguments, **options)
 
     jax_shards.cut, jax.device_put = counting_cut, counting_put
+    try:
+        yield read, put
+    finally:
+        jax_shards.cut, jax.device_put = cut, device_put
+
+
+def work(directory: Path, mesh: tuple[int, int] | None, options: dict[str, Any]) -> dict[str, Any]:
+    """Load once, in this process."""
+    from puna.backend import jax_shards
+    from puna.models import Llama3CausalLM
+
     before = resident_memory() or 0
     Path("/proc/self/clear_refs").write_text("5")  # starts the peak anew
-    start = time.perf_counter()
-    model = Llama3CausalLM.from_preset(directory, mesh=mesh, preprocessor=None, **options)
-    seconds = time.perf_counter() - start
-    status = Path("/proc/self/status").read_text().splitlines()
-    peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+    with counted() as (read, put):
+        start = time.perf_counter()
+        model = Llama3CausalLM.from_preset(directory, mesh=mesh, preprocessor=None, **options)
+        seconds = time.perf_counter() - start
+    peak = peak_memory() or 0
     values = [variable.value for variable in model.tensors().values()]
     return {
         "seconds": seconds,

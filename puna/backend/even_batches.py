@@ -103,9 +103,11 @@ def _multiple() -> int:
 
 def real_rows(batch: Any) -> Any:
     """How many rows of a step's batch were not added; None where none may have been."""
+    if _multiple() == 1:
+        return None
     x, _, weights = _unpacked(batch)
     mask = x.get("padding_mask", weights) if isinstance(x, dict) else weights
-    if _multiple() == 1 or mask is None:
+    if mask is None:
         return None
     has_any = ops.any(ops.cast(mask, "bool"), axis=tuple(range(1, len(mask.shape))))
     return ops.sum(ops.cast(has_any, "float32"))

@@ -275,9 +275,11 @@ def initialize(variable: Any, prepared: np.ndarray | jax_shards.Shards) -> None:
 
 def keeps(prepared: np.ndarray | jax_shards.Shards, array: np.ndarray) -> bool:
     """See `BackendOps.keeps`."""
-    if jax.default_backend() != "cpu":
-        return False
-    return jax_shards.share(prepared, array) and jax_shards.are_aligned(prepared)
+    is_cut = isinstance(prepared, jax_shards.Shards)
+    parts = [part for _, part in prepared.parts] if is_cut else [prepared]
+    return jax.default_backend() == "cpu" and any(
+        is_aligned(part) and np.may_share_memory(part, array) for part in parts
+    )
 
 
 def initialize_at_random(variable: Any) -> None:

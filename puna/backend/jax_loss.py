@@ -32,8 +32,9 @@ def head_loss(
     G = jax_shards.groups_of_rows(N)
     pieces = -(-N // (G * rows))
     # Rows without a weight come last, and whole pieces of them are left out.
-    order_GN = jnp.argsort(weights_N.reshape(G, -1) == 0, axis=1, stable=True)
-    used = jnp.count_nonzero(weights_N.reshape(G, -1), axis=1).max()
+    weights_GN = weights_N.reshape(G, -1)
+    order_GN = jnp.argsort(weights_GN == 0, axis=1, stable=True)
+    used = jnp.count_nonzero(weights_GN, axis=1).max()
 
     def piecewise(array: Tensor) -> Tensor:
         array = array.reshape(G, N // G, *array.shape[1:])

@@ -19,7 +19,6 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from puna.backend.memory import is_aligned
 from puna.backend.protocol import Tensor
 from puna.errors import ConfigError
 
@@ -65,20 +64,6 @@ def cut(
             found[key] = prepare(array[index])
         parts.append((device, found[key]))
     return Shards(array.shape, sharding, tuple(parts))
-
-
-def share(value: np.ndarray | Shards, array: np.ndarray) -> bool:
-    """Whether what was prepared is, in some part, an array's own memory."""
-    if isinstance(value, Shards):
-        return any(np.may_share_memory(part, array) for _, part in value.parts)
-    return value is array
-
-
-def are_aligned(value: np.ndarray | Shards) -> bool:
-    """Whether XLA on a CPU keeps using any of the memory."""
-    if isinstance(value, Shards):
-        return any(is_aligned(part) for _, part in value.parts)
-    return is_aligned(value)
 
 
 def initialize_at_random(variable: Any, sharding: Sharding) -> None:

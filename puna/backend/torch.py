@@ -29,8 +29,7 @@ __all__ = [
     "call_blocks", "compile_step", "cond", "embed", "gated", "gather_rows", "head_loss",
     "initialize", "initialize_at_random", "keeps", "linear", "linears", "merge_heads", "place",
     "prepare", "rms_norm", "rotate", "silu", "split_heads", "to_device", "to_numpy", "value",
-    "whole_logits",
-    "zeros",
+    "whole_logits", "zeros",
 ]  # fmt: skip
 
 # NumPy knows these only through ml_dtypes, which torch does not: their bits travel as integers.

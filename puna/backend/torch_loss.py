@@ -82,7 +82,10 @@ class _Loss(torch.autograd.Function):
 def _cross_entropy(
     logits_RV: torch.Tensor, labels_R: torch.Tensor, weights_R: torch.Tensor, into: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weighted sums of losses and of right guesses; with `into`, logits become their gradient."""
+    """Weighted sums of losses and of right guesses.
+
+    With `into`, logits become their gradient; else they may be lost.
+    """
     label_R = logits_RV.gather(1, labels_R[:, None])[:, 0]
     if (done := torch_calls.cross_entropy(logits_RV, labels_R, weights_R, into)) is not None:
         losses_R, highest_R = done

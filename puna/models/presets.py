@@ -27,7 +27,6 @@ from puna.checkpoint.readers import is_adapter
 from puna.checkpoint.save import save_directory
 from puna.checkpoint.source import TensorSource
 from puna.config import LlamaConfig
-from puna.distribution import Devices
 from puna.errors import ConfigError, PresetError, TokenizerError
 from puna.models.adapter_files import merged_tensors, save_adapter_preset
 from puna.quantization.scheme import Quantization, Recipe
@@ -108,7 +107,7 @@ def load_causal_lm(
     revision: str | None,
     adapter: str | os.PathLike[str] | None,
     quantization: Quantization | None,
-    devices: Devices,
+    devices: distribution.Devices,
     kwargs: dict[str, Any],
 ) -> Llama3CausalLM:
     """See `CausalLM.from_preset`."""
@@ -147,7 +146,7 @@ def load_backbone(
     revision: str | None,
     adapter: str | os.PathLike[str] | None,
     quantization: Quantization | None,
-    devices: Devices,
+    devices: distribution.Devices,
 ) -> Llama3Backbone:
     """See `Llama3Backbone.from_preset`."""
     opened = open_preset(preset, adapter, weights=load_weights, revision=revision)

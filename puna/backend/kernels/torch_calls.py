@@ -38,12 +38,24 @@ class _Prepared(NamedTuple):
 
 
 def _takes(*tensors: torch.Tensor) -> bool:
-    """Whether kernels can look at these; not inside a program that torch compiles."""
+    """Whether kernels can look at these; not where torch compiles or transforms what it runs."""
     return (
         all(tensor.is_cpu and tensor.dtype in _FLOATS for tensor in tensors)
         and library() is not None
         and not torch.compiler.is_compiling()
+        and not torch._C._functorch.peek_interpreter_stack()  # type: ignore[attr-defined]
     )
+
+
+def _run(function: str, *arguments: Any) -> None:
+    """Call a function of the library on torch's threads.
+
+    Raises:
+        BackendError: the library says why it cannot do it.
+    """
+    why = getattr(library(), function)(_threads(torch.get_num_threads()), *arguments)
+    if why is not None:
+        raise BackendError(why.decode())
 
 
 def _prepare(weights: Sequence[torch.Tensor | Packed]) -> _Prepared | None:
@@ -109,11 +121,7 @@ def _usable(
     x: torch.Tensor, weights: Sequence[torch.Tensor | Packed], out_dtype: torch.dtype
 ) -> _Prepared | None:
     """The weights for a call, where the kernels take this product."""
-    if (
-        out_dtype not in _FLOATS or not _takes(x) or torch._C._functorch.peek_interpreter_stack()  # type: ignore[attr-defined]
-    ):
-        return None
-    return _prepare(weights)
+    return _prepare(weights) if out_dtype in _FLOATS and _takes(x) else None
 
 
 def _wants_gradients(*tensors: torch.Tensor | Packed) -> bool:
@@ -126,7 +134,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, out_dtype: torch.dtype):
         ctx.save_for_backward(x, weight)
-        return _alone(x, weight, out_dtype)
+        return _products(x, (weight,), out_dtype)[0]
 
     @staticmethod
     def backward(ctx: Any, *changes: torch.Tensor):
@@ -146,9 +154,7 @@ class _Frozen(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, out_dtype: torch.dtype, weights: Any):
         ctx.weights, ctx.dtype = weights, x.dtype
-        prepared = _prepare(weights)
-        assert prepared is not None  # `_usable` has seen it
-        return _call(x, prepared, out_dtype)
+        return _products(x, weights, out_dtype)
 
     @staticmethod
     def backward(ctx: Any, *changes: torch.Tensor | None):
@@ -173,42 +179,36 @@ class _Gated(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *changes: torch.Tensor):
-        loaded = library()
-        assert loaded is not None
         gate, up = ctx.saved_tensors
         dy = changes[0].contiguous()
         d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
-        why = loaded.puna_gate_back(
-            _threads(torch.get_num_threads()), gate.data_ptr(), up.data_ptr(), dy.data_ptr(),
-            _KINDS[gate.dtype], gate.numel(), d_gate.data_ptr(), d_up.data_ptr(),
+        _run(
+            "puna_gate_back", gate.data_ptr(), up.data_ptr(), dy.data_ptr(), _KINDS[gate.dtype],
+            gate.numel(), d_gate.data_ptr(), d_up.data_ptr(),
         )  # fmt: skip
-        if why is not None:
-            raise BackendError(why.decode())
         return d_gate, d_up
 
 
-def _alone(x: torch.Tensor, weight: torch.Tensor | Packed, out_dtype: torch.dtype) -> torch.Tensor:
-    prepared = _prepare((weight,))
+def _products(
+    x: torch.Tensor, weights: Sequence[torch.Tensor | Packed], out_dtype: torch.dtype
+) -> tuple[torch.Tensor, ...]:
+    prepared = _prepare(weights)
     assert prepared is not None  # `_usable` has seen it
-    return _call(x, prepared, out_dtype)[0]
+    return _call(x, prepared, out_dtype)
 
 
 def _call(
     x: torch.Tensor, prepared: _Prepared, out_dtype: torch.dtype, gated: bool = False
 ) -> tuple[torch.Tensor, ...]:
-    loaded = library()
-    assert loaded is not None
     x = x.contiguous()
     width, leading = x.shape[-1], x.shape[:-1]
     outs = prepared.out_features[:1] if gated else prepared.out_features
     results = tuple([torch.empty((*leading, out), dtype=out_dtype) for out in outs])
     pointers = _POINTERS[len(outs)](*[y.data_ptr() for y in results])
-    why = loaded.puna_linear(
-        _threads(torch.get_num_threads()), x.data_ptr(), _KINDS[x.dtype], x.numel() // width,
-        prepared.matrices, len(prepared.matrices), pointers, _KINDS[out_dtype], gated,
+    _run(
+        "puna_linear", x.data_ptr(), _KINDS[x.dtype], x.numel() // width, prepared.matrices,
+        len(prepared.matrices), pointers, _KINDS[out_dtype], gated,
     )  # fmt: skip
-    if why is not None:
-        raise BackendError(why.decode())
     return results
 
 
@@ -216,15 +216,11 @@ def _transposed(
     dy: torch.Tensor, weight: torch.Tensor | Packed, dtype: torch.dtype
 ) -> torch.Tensor:
     """`dy` [..., out] times the weight [out, in]."""
-    loaded = library()
-    assert loaded is not None
     dx = torch.empty((*dy.shape[:-1], weight.shape[1]), dtype=dtype)
-    why = loaded.puna_linear_transposed(
-        _threads(torch.get_num_threads()), dy.data_ptr(), _KINDS[dy.dtype],
-        dy.numel() // dy.shape[-1], ctypes.byref(_matrix(weight)), dx.data_ptr(), _KINDS[dtype],
+    _run(
+        "puna_linear_transposed", dy.data_ptr(), _KINDS[dy.dtype], dy.numel() // dy.shape[-1],
+        ctypes.byref(_matrix(weight)), dx.data_ptr(), _KINDS[dtype],
     )  # fmt: skip
-    if why is not None:
-        raise BackendError(why.decode())
     return dx
 
 
@@ -241,13 +237,7 @@ def _matrix(weight: torch.Tensor | Packed) -> Matrix:
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor | None:
     """See `BackendOps.rms_norm`; None where torch shall do it."""
-    if (
-        not _takes(x, weight)
-        or not x.is_contiguous()
-        or library() is None
-        or torch._C._functorch.peek_interpreter_stack()  # type: ignore[attr-defined]
-        or _wants_gradients(weight)
-    ):
+    if not _takes(x, weight) or not x.is_contiguous() or _wants_gradients(weight):
         return None
     if _wants_gradients(x):
         return _Norm.apply(x, weight, epsilon)
@@ -258,15 +248,15 @@ def _norm(
     x: torch.Tensor, weight: torch.Tensor, epsilon: float, dy: torch.Tensor | None = None
 ) -> torch.Tensor:
     """`x` normalised, or with a change `dy` of that, what it asks of `x`."""
-    loaded = library()
-    assert loaded is not None
     result, width = torch.empty_like(x), x.shape[-1]
-    call = loaded.puna_rms_norm if dy is None else loaded.puna_rms_norm_back
-    call(
-        _threads(torch.get_num_threads()), x.data_ptr(), _KINDS[x.dtype], weight.data_ptr(),
-        _KINDS[weight.dtype], epsilon, x.numel() // width, width,
-        *(() if dy is None else (dy.data_ptr(),)), result.data_ptr(),
+    arguments = (
+        x.data_ptr(), _KINDS[x.dtype], weight.data_ptr(), _KINDS[weight.dtype], epsilon,
+        x.numel() // width, width,
     )  # fmt: skip
+    if dy is None:
+        _run("puna_rms_norm", *arguments, result.data_ptr())
+    else:
+        _run("puna_rms_norm_back", *arguments, dy.data_ptr(), result.data_ptr())
     return result
 
 
@@ -296,18 +286,15 @@ def cross_entropy(
         not _takes(logits_RV)
         or logits_RV.dtype is not torch.float32
         or not logits_RV.is_contiguous()
-        or (loaded := library()) is None
     ):
         return None
     R, V = logits_RV.shape
     labels_R, weights_R = labels_R.long().contiguous(), weights_R.float().contiguous()
     losses_R, highest_R = (torch.empty(R, dtype=torch.float32) for _ in range(2))
-    why = loaded.puna_cross_entropy(
-        _threads(torch.get_num_threads()), logits_RV.data_ptr(), R, V, labels_R.data_ptr(),
+    _run(
+        "puna_cross_entropy", logits_RV.data_ptr(), R, V, labels_R.data_ptr(),
         weights_R.data_ptr(), gradient, losses_R.data_ptr(), highest_R.data_ptr(),
     )  # fmt: skip
-    if why is not None:
-        raise BackendError(why.decode())
     return losses_R, highest_R
 
 
@@ -328,7 +315,6 @@ def attend(
         T > _MOST_TOKENS
         or not _takes(query, keys)
         or keys.shape[3] % 16
-        or (loaded := library()) is None
         or _wants_gradients(*projected)
     ):
         return None
@@ -342,9 +328,7 @@ def attend(
         *(a.data_ptr() for a in (query, key, value, cos, sin, starts, keys, values, out)),
         B, T, features // H, K, H, S, H**-0.5, _KINDS[query.dtype], _KINDS[keys.dtype],
     )  # fmt: skip
-    threads = _threads(torch.get_num_threads())
-    if (why := loaded.puna_attention(threads, ctypes.byref(attention))) is not None:
-        raise BackendError(why.decode())
+    _run("puna_attention", ctypes.byref(attention))
     return out
 
 
@@ -384,9 +368,7 @@ def call_blocks(
     if (
         not _takes(x_BTD, keys)
         or keys.shape[3] % 16
-        or (loaded := library()) is None
         or torch.is_grad_enabled()
-        or torch._C._functorch.peek_interpreter_stack()  # type: ignore[attr-defined]
         or (prepared := prepare()) is None
     ):
         return None
@@ -402,9 +384,7 @@ def call_blocks(
         len(cache), B, T, D, prepared.blocks[0].query.out_features // H, K, H, S,
         H**-0.5, epsilon, _KINDS[x_BTD.dtype], prepared.norm_kind, _KINDS[keys.dtype],
     )  # fmt: skip
-    why = loaded.puna_blocks(_threads(torch.get_num_threads()), ctypes.byref(call))
-    if why is not None:
-        raise BackendError(why.decode())
+    _run("puna_blocks", ctypes.byref(call))
     return x_BTD
 
 

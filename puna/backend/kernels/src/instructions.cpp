@@ -144,7 +144,8 @@ const KernelTable PUNA_TABLE = {
     PUNA_ISA::few_parts, PUNA_ISA::few_scratch, PUNA_ISA::few_prepare, PUNA_ISA::few,
     PUNA_ISA::kTile, PUNA_ISA::any_scratch, PUNA_ISA::any_pack, PUNA_ISA::any_many,
     PUNA_ISA::any_back_scratch, PUNA_ISA::any_back_pack, PUNA_ISA::any_back,
-    PUNA_ISA::turn, PUNA_ISA::finish, PUNA_ISA::rms_norm_back, PUNA_ISA::gate_back, PUNA_ISA::attention_scratch, PUNA_ISA::attention, PUNA_ISA::rms_norm,
+    PUNA_ISA::turn, PUNA_ISA::finish, PUNA_ISA::gate_back,
+    PUNA_ISA::attention_scratch, PUNA_ISA::attention, PUNA_ISA::rms_norm, PUNA_ISA::rms_norm_back,
     PUNA_ISA::cross_entropy, PUNA_ISA::read,
 };
 

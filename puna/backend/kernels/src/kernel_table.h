@@ -42,15 +42,15 @@ struct KernelTable {
   // Writes `count` results of one row; with `up`, silu(y) * up. Or adds them to what is there.
   void (*finish)(const float* y, const float* up, int64_t count, void* to, int32_t kind, int64_t at,
                  bool add);
-  void (*rms_norm_back)(const void* x, int32_t kind, const void* weight, int32_t weight_kind,
-                        float epsilon, int64_t width, int64_t at, const void* y_change,
-                        void* x_change);
   void (*gate_back)(const void* gate, const void* up, const void* change, int32_t kind,
                     int64_t begin, int64_t end, void* gate_change, void* up_change);
   int64_t (*attention_scratch)(const PunaAttention& a);
   void (*attention)(const PunaAttention& a, int64_t row, int64_t head, float* scratch);
   void (*rms_norm)(const void* x, int32_t kind, const void* weight, int32_t weight_kind,
                    float epsilon, int64_t width, int64_t at, void* y);
+  void (*rms_norm_back)(const void* x, int32_t kind, const void* weight, int32_t weight_kind,
+                        float epsilon, int64_t width, int64_t at, const void* y_change,
+                        void* x_change);
   float (*cross_entropy)(float* logits, int64_t width, int64_t label, float weight, bool gradient,
                          float* highest);
   uint64_t (*read)(const uint8_t* data, int64_t bytes);
