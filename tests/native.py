@@ -13,7 +13,7 @@ def instructions():
     """Those that this machine has; the one in use comes first."""
     if LIBRARY is None:
         return []
-    names, before = ["avx512", "avx2", "portable"], LIBRARY.puna_instructions()
+    names, before = ["avx512bf16", "avx512", "avx2", "portable"], LIBRARY.puna_instructions()
     found = [name for name in names if LIBRARY.puna_use_instructions(name.encode())]
     LIBRARY.puna_use_instructions(before)
     return found

@@ -255,4 +255,4 @@ def test_the_environment_decides(wanted):
     if wanted == "off":
         assert done.stdout.split() == ["None"]
     else:
-        assert "'nonsense' is not to be had here; expected avx512, avx2" in done.stderr
+        assert "'nonsense' is not to be had here; expected avx512bf16, avx512, avx2" in done.stderr

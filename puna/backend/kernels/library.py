@@ -13,7 +13,7 @@ import numpy as np
 
 from puna.errors import BackendError
 
-# Which instructions the kernels use: "avx512", "avx2" or "portable"; "off" means no kernels.
+# Which instructions the kernels use, by the names in `src/dispatch.cpp`; "off" means no kernels.
 VARIABLE = "PUNA_KERNELS"
 
 # The numbers of `src/kernels.h` for how numbers are stored.
@@ -161,8 +161,8 @@ def library() -> ctypes.CDLL | None:
     loaded.puna_use_instructions.argtypes = [ctypes.c_char_p]
     if wanted and not loaded.puna_use_instructions(wanted.encode()):
         raise BackendError(
-            f"{VARIABLE}={wanted!r} is not to be had here; expected avx512, avx2, portable or off, "
-            "and a processor that has it"
+            f"{VARIABLE}={wanted!r} is not to be had here; expected avx512bf16, avx512, avx2, "
+            "portable or off, and a processor that has it"
         )
     return loaded
 

@@ -13,10 +13,10 @@ namespace {
 
 // Bytes of weights that a thread takes at a time.
 constexpr int64_t kChunkBytes = 128 << 10;
-// Many rows: so many at once, whose inputs stay in the second cache, and so many results a chunk.
+// Many rows: so many at once, whose inputs stay in the second cache, and so many results a chunk,
+// or inputs of the transposed product: a multiple of every step, and of the sets of results.
 constexpr int64_t kRowsAtOnce = 256;
 constexpr int64_t kManyResults = 96;
-// The transposed product: inputs of a chunk, a multiple of every step.
 constexpr int64_t kBackInputs = 96;
 constexpr int64_t kNumbers = 16 << 10;  // that a thread changes at a time, one by one
 constexpr int64_t kMostTile = 32;  // rows of a tile, with the longest vectors
@@ -27,13 +27,21 @@ struct Named {
   bool (*available)();
 };
 
+#if defined(PUNA_X86)
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+#endif
+
 const Named kInstructions[] = {
 #if defined(PUNA_X86)
-    {"avx512", &kAvx512Kernels,
+    {"avx512bf16", &kAvx512Bf16Kernels,
      [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+       return has_avx512() && __builtin_cpu_supports("avx512vnni") &&
+              __builtin_cpu_supports("avx512bf16");
      }},
+    {"avx512", &kAvx512Kernels, has_avx512},
     {"avx2", &kAvx2Kernels,
      [] {
        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&

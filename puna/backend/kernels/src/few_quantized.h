@@ -59,12 +59,11 @@ struct QuantizedLayout {
   }
 };
 
-// Writes a block of floats as whole numbers and returns their scale. A block that is not all finite
-// gets a scale that is no number.
-PUNA_INLINE float to_whole_numbers(const float* block, int16_t* numbers) {
+// The largest size of `count` floats, a multiple of a block; infinite or no number if one is.
+PUNA_INLINE float largest_of(const float* floats, int64_t count) {
   Ints most{};
-  for (int i = 0; i < kBlock; i += kLanes) {
-    Ints size = Ints(load<Words>(block + i) & 0x7fffffff);  // ordered as the floats are
+  for (int64_t i = 0; i < count; i += kLanes) {
+    Ints size = Ints(load<Words>(floats + i) & 0x7fffffff);  // ordered as the floats are
     most = size > most ? size : most;
   }
   int32_t sizes[kLanes], bits = 0;
@@ -72,15 +71,22 @@ PUNA_INLINE float to_whole_numbers(const float* block, int16_t* numbers) {
   for (int32_t size : sizes) bits = std::max(bits, size);
   float largest;
   std::memcpy(&largest, &bits, sizeof largest);
+  return largest;
+}
+
+// Writes `count` floats, a multiple of a block, as whole numbers and returns their scale. Where they
+// are not all finite, it is no number.
+PUNA_INLINE float to_whole_numbers(const float* floats, int64_t count, int16_t* numbers) {
+  float largest = largest_of(floats, count);
   if (!(largest < INFINITY)) {
-    std::fill(numbers, numbers + kBlock, int16_t{0});
+    std::fill(numbers, numbers + count, int16_t{0});
     return NAN;
   }
   float scale = largest / kLargest, inverse = largest > 0.0f ? kLargest / largest : 0.0f;
   if (!(inverse < INFINITY)) scale = inverse = 0.0f;  // as good as zero
   const Floats nearest = splat(12582912.0f);  // 1.5 · 2^23: what is added to it loses its fraction
-  for (int i = 0; i < kBlock; i += kLanes) {
-    Floats v = load<Floats>(block + i) * splat(inverse);
+  for (int64_t i = 0; i < count; i += kLanes) {
+    Floats v = load<Floats>(floats + i) * splat(inverse);
     Ints whole = __builtin_convertvector((v + nearest) - nearest, Ints);
     auto narrow = __builtin_convertvector(whole, Shorts);
     std::memcpy(numbers + i, &narrow, sizeof narrow);
@@ -138,7 +144,7 @@ inline void prepare_quantized(const PunaMatrix& m, const void* x, int32_t x_kind
     float block[kBlock];
     int16_t numbers[kBlock];
     read_floats(x, x_kind, row * m.in + b * kBlock, kBlock, block);
-    float scale = to_whole_numbers(block, numbers);
+    float scale = to_whole_numbers(block, kBlock, numbers);
     place_in_unit(is_4_bit, numbers, whole + (is_4_bit ? b / 2 * 64 + b % 2 * 8 : b * kBlock));
     if (rest != nullptr)
       for (int i = 0; i < kBlock; ++i)
@@ -252,7 +258,7 @@ PUNA_INLINE void add_unit(const Unit<kind>& weights, const int16_t* x, int64_t x
 }
 
 // What a row's minima add: each times the sum of its group's inputs.
-PUNA_INLINE float sum_of_lows(const PunaMatrix& m, int64_t out, const float* sums) {
+__attribute__((noinline)) inline float sum_of_lows(const PunaMatrix& m, int64_t out, const float* sums) {
   Floats total{};
   int64_t groups = groups_of(m);
   for (int64_t start = 0; start < groups; start += kSegment) {
@@ -284,6 +290,24 @@ PUNA_INLINE const float* repeat(const float* groups, int64_t times, int64_t skip
   return to;
 }
 
+// A row's scales for `count` blocks from `start` on, kSplit for each. It is called, not copied to
+// each place: what is made of it takes minutes to compile else.
+template <int64_t kSplit>
+__attribute__((noinline)) const float* scales_of_blocks(const PunaMatrix& m,
+                                                        const QuantizedLayout& layout, int64_t out,
+                                                        int64_t start, int64_t count, float* raw,
+                                                        float* repeated) {
+  int64_t begin = out * layout.groups, in_group = layout.in_group;
+  if (kSplit == 2 || in_group == 1) {
+    read_floats(m.scale, m.scale_kind, begin + kSplit * start, kSplit * count, raw);
+    return raw;
+  }
+  int64_t first = start / in_group;
+  int64_t some = (start + count + in_group - 1) / in_group - first;
+  read_floats(m.scale, m.scale_kind, begin + first, some, raw);
+  return repeat(raw, in_group, start - first * in_group, count, repeated);
+}
+
 // How many scales are converted together at most.
 constexpr int64_t kConverted = 2048;
 
@@ -297,7 +321,7 @@ PUNA_INLINE void quantized_some(const PunaMatrix& m, const QuantizedLayout& layo
   constexpr int64_t kEach = kind == PUNA_U4 ? 2 : 1;             // blocks of a unit
   constexpr int64_t kSplit = kind == PUNA_I8 && halves ? 2 : 1;  // scales of a block
   constexpr int64_t kScales = kSegment * kSplit;
-  const int64_t groups = layout.groups, in_group = layout.in_group;
+  const int64_t groups = layout.groups;
   const bool centred = kind == PUNA_U4 && m.low == nullptr;
   // As far as the row that comes next in each stream.
   int64_t row_bytes = layout.row_bytes, apart_bytes = apart * row_bytes;
@@ -311,21 +335,11 @@ PUNA_INLINE void quantized_some(const PunaMatrix& m, const QuantizedLayout& layo
     float scales[R][M][kScales];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      int64_t begin = (out + r * apart) * groups;
       float raw[kScales + kLanes], repeated[kSegment + kLanes];
-      const float* each = raw;  // block's
-      if (converted != nullptr) {
-        each = converted + r * apart * groups + start;
-      } else if (kSplit == 2) {
-        read_floats(m.scale, m.scale_kind, begin + 2 * start, 2 * count, raw);
-      } else if (in_group == 1) {
-        read_floats(m.scale, m.scale_kind, begin + start, count, raw);
-      } else {
-        int64_t first = start / in_group;
-        int64_t some = (start + count + in_group - 1) / in_group - first;
-        read_floats(m.scale, m.scale_kind, begin + first, some, raw);
-        each = repeat(raw, in_group, start - first * in_group, count, repeated);
-      }
+      const float* each = converted == nullptr
+                              ? scales_of_blocks<kSplit>(m, layout, out + r * apart, start, count,
+                                                         raw, repeated)
+                              : converted + r * apart * groups + start;
       if constexpr (kSplit == 2) {
         for (int64_t h = 0; h < 2 * count; ++h)
           for (int i = 0; i < M; ++i)

@@ -5,7 +5,7 @@
 #include "attention.h"
 #include "kernel_table.h"
 #include "loss.h"
-#include "many_quantized.h"
+#include "many.h"
 
 namespace puna {
 namespace PUNA_ISA {

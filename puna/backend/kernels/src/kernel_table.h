@@ -60,6 +60,7 @@ extern const KernelTable kPortableKernels;
 #if defined(PUNA_X86)
 extern const KernelTable kAvx2Kernels;
 extern const KernelTable kAvx512Kernels;
+extern const KernelTable kAvx512Bf16Kernels;
 #endif
 
 }  // namespace puna

@@ -126,7 +126,7 @@ const char* puna_cross_entropy(const PunaThreads* threads, float* logits, int64_
 // Every byte is read, by all threads: what the memory gives. The result depends on all of them.
 uint64_t puna_read(const PunaThreads* threads, const void* data, int64_t bytes);
 
-// Which instructions are used: "avx512", "avx2" or "portable".
+// Which instructions are used: "avx512bf16", "avx512", "avx2" or "portable".
 const char* puna_instructions(void);
 
 // Use these instead, from the next call on. Returns 0 where this machine lacks them.

@@ -29,8 +29,12 @@ PUNA_INLINE bool is_whole_back(const PunaMatrix& m, int32_t y_kind) {
 }
 
 constexpr int64_t kBlocks = kDepth / kBlock;
+// Of the transposed product: so many products of 8 and 16 bits, summed, are exact in 32 bits.
+constexpr int64_t kBackShared = 128;
 // Results that are summed at once: their products need registers too before they are added.
 constexpr int kWholeResults = kLanes == 16 ? 12 : 4;
+
+PUNA_INLINE int64_t whole_blocks(int64_t n) { return (n + kBlock - 1) / kBlock * kBlock; }
 
 // A tile of x for kDepth inputs: pairs of whole numbers [kDepth / 2][kTile][2], the blocks' scales
 // [kBlocks][kTile] and sums [kBlocks][kTile].
@@ -47,37 +51,42 @@ PUNA_INLINE int64_t whole_scratch(int64_t n, int64_t rows) {
   return whole_depth(n) / kDepth * tiles_of(rows) * int64_t{sizeof(WholeTile) / 4};
 }
 
-// One tile of x [rows, n]. With `by_fours`, the inputs of a block stand as 4 bits come apart. With
-// `scaled`, each input is one of that matrix's results, and its scale is multiplied in.
-PUNA_INLINE void pack_whole(const void* x, int32_t x_kind, int64_t rows, int64_t n, int64_t tile,
-                            bool by_fours, const PunaMatrix* scaled, float* scratch) {
+// One tile of x [rows, n], whose numbers share a scale kShared at a time. With `by_fours`, the inputs
+// of a block stand as 4 bits come apart; with `summed`, there are the sums of blocks. With `scaled`,
+// each input is one of that matrix's results, and its scale is multiplied in.
+template <int64_t kShared>
+void pack_whole(const void* x, int32_t x_kind, int64_t rows, int64_t n, int64_t tile, bool by_fours,
+                bool summed, const PunaMatrix* scaled, float* scratch) {
   int64_t tiles = tiles_of(rows), first = tile * kTile;
   int64_t here = std::min<int64_t>(kTile, rows - first);
-  for (int64_t at = 0; at < n; at += kBlock) {
+  for (int64_t at = 0; at < n; at += kShared) {
     WholeTile& to = *whole_tile(scratch, tiles, at / kDepth, tile);
-    int64_t b = at % kDepth / kBlock, count = std::min(kBlock, n - at);
-    int16_t numbers[kTile][kBlock] = {};
-    float factors[kBlock], *scales = to.scales + b * kTile, *sums = to.sums + b * kTile;
+    int64_t start = at % kDepth, count = std::min(kShared, n - at);
+    int16_t numbers[kTile][kShared] = {};
+    float factors[kShared];
     if (scaled != nullptr) read_floats(scaled->scale, scaled->scale_kind, at, count, factors);
-    for (int64_t row = 0; row < kTile; ++row) scales[row] = sums[row] = 0.0f;
+    float* scales = to.scales + start / kBlock * kTile;
+    for (int64_t row = 0; row < kTile; ++row) scales[row] = 0.0f;
     for (int64_t row = 0; row < here; ++row) {
-      float block[kBlock] = {};
-      read_floats(x, x_kind, (first + row) * n + at, count, block);
-      for (int64_t i = 0; scaled != nullptr && i < count; ++i) block[i] *= factors[i];
-      int16_t in_order[kBlock];
-      scales[row] = to_whole_numbers(block, by_fours ? in_order : numbers[row]);
-      sums[row] = sum_half(block) + sum_half(block + kBlock / 2);
-      for (int64_t i = 0; by_fours && i < kBlock; ++i)
-        numbers[row][i % 4 * 8 + i / 4] = in_order[i];
+      float floats[kShared] = {};
+      read_floats(x, x_kind, (first + row) * n + at, count, floats);
+      for (int64_t i = 0; scaled != nullptr && i < count; ++i) floats[i] *= factors[i];
+      int16_t in_order[kShared];
+      scales[row] = to_whole_numbers(floats, kShared, by_fours ? in_order : numbers[row]);
+      for (int64_t b = 0; summed && b < kShared / kBlock; ++b)
+        to.sums[(start / kBlock + b) * kTile + row] =
+            sum_half(floats + b * kBlock) + sum_half(floats + b * kBlock + kBlock / 2);
+      for (int64_t i = 0; by_fours && i < kShared; ++i)
+        numbers[row][i / kBlock * kBlock + i % 4 * 8 + i % kBlock / 4] = in_order[i];
     }
     // A pair of numbers is moved as a float is, without being looked at.
-    for (int64_t pair = 0; pair < kBlock / 2; pair += kLanes) {
+    for (int64_t pair = 0; pair < kShared / 2; pair += kLanes) {
       for (int64_t some = 0; some < kTile; some += kLanes) {
         Floats square[kLanes];
         for (int i = 0; i < kLanes; ++i) square[i] = load<Floats>(numbers[some + i] + 2 * pair);
         transpose(square);
         for (int i = 0; i < kLanes; ++i)
-          store(to.numbers + 2 * ((b * kBlock / 2 + pair + i) * kTile + some), square[i]);
+          store(to.numbers + 2 * ((start / 2 + pair + i) * kTile + some), square[i]);
       }
     }
   }
@@ -85,14 +94,21 @@ PUNA_INLINE void pack_whole(const void* x, int32_t x_kind, int64_t rows, int64_t
 
 #if defined(__AVX2__)
 
-// Pairs of 16-bit numbers, multiplied and added.
-PUNA_INLINE Ints times_pairs(Ints a, Ints b) {
-#if PUNA_LANES == 16
-  return Ints(_mm512_madd_epi16(__m512i(a), __m512i(b)));
+// Pairs of 16-bit whole numbers, multiplied and added; those of x have a scale for each block.
+struct WholeDot {
+  typedef Ints Sums;
+  static constexpr bool kScaled = true;
+  PUNA_INLINE static Ints add(Ints total, Ints a, Ints b) {
+#if defined(__AVX512VNNI__)
+    return Ints(_mm512_dpwssd_epi32(__m512i(total), __m512i(a), __m512i(b)));
+#elif PUNA_LANES == 16
+    return total + Ints(_mm512_madd_epi16(__m512i(a), __m512i(b)));
 #else
-  return Ints(_mm256_madd_epi16(__m256i(a), __m256i(b)));
+    return total + Ints(_mm256_madd_epi16(__m256i(a), __m256i(b)));
 #endif
-}
+  }
+  PUNA_INLINE static Floats floats(Ints total) { return __builtin_convertvector(total, Floats); }
+};
 
 PUNA_INLINE Ints splat_pair(int32_t pair) { return Ints{} + pair; }
 
@@ -106,6 +122,17 @@ struct WholeScales {
 struct WholeWeights : WholeScales {
   alignas(64) int16_t numbers[kWholeResults][kDepth];
 };
+
+// Result `out` becomes the r-th; inputs from `start` on share a scale `shared` at a time.
+PUNA_INLINE void read_scales(const PunaMatrix& m, int64_t out, int64_t start, int64_t count,
+                             int64_t shared, int64_t r, WholeScales& to) {
+  int64_t groups = groups_of(m);
+  for (int64_t s = 0; s * shared < count; ++s)
+    to.scales[r][s] =
+        read_float(m.scale, m.scale_kind, out * groups + (start + s * shared) / m.group);
+  for (int64_t b = 0; m.low != nullptr && b * kBlock < count; ++b)
+    to.lows[r][b] = read_float(m.low, m.scale_kind, out * groups + (start + b * kBlock) / m.group);
+}
 
 // One result's weights from input `start` on; those beyond the last meet inputs that are zero.
 template <int32_t kind>
@@ -137,35 +164,32 @@ PUNA_INLINE void widen_whole(const PunaMatrix& m, int64_t out, int64_t start, in
       }
     }
   }
-  int64_t groups = groups_of(m);
-  for (int64_t s = 0; s * shared < count; ++s)
-    to.scales[r][s] =
-        read_float(m.scale, m.scale_kind, out * groups + (start + s * shared) / m.group);
-  for (int64_t b = 0; m.low != nullptr && b * kBlock < count; ++b)
-    to.lows[r][b] = read_float(m.low, m.scale_kind, out * groups + (start + b * kBlock) / m.group);
+  read_scales(m, out, start, count, shared, r, to);
 }
 
-// R results of a tile's rows, added to those of earlier depths unless this is the first. Inputs
-// share a scale kShared at a time. The pair p of result r stands at `r * kAcross + p * kAlong`;
+// kWholeResults results of a tile's rows, added to those of earlier depths unless this is the first.
+// Inputs share a scale kShared at a time. The pair p of result r stands at `r * kAcross + p * kAlong`;
 // without scales, the weights are the numbers themselves.
-template <int R, int kShared, int64_t kAcross, int64_t kAlong>
-PUNA_INLINE void multiply_whole(const int16_t* weights, const WholeScales* scales,
-                                const WholeTile& tile, int64_t depth, float* y, int64_t y_stride,
-                                bool first) {
+template <typename Dot, int kShared, int64_t kAcross, int64_t kAlong>
+void multiply_pairs(const int16_t* weights, const WholeScales* scales, const WholeTile& tile,
+                    int64_t depth, float* y, int64_t y_stride, bool first) {
+  constexpr int R = kWholeResults;
   for (int64_t s = 0; s * kShared < depth; ++s) {
-    Ints total[R][2] = {};
+    typename Dot::Sums total[R][2] = {};
     const int16_t* x = tile.numbers + s * kShared * kTile;
     const int16_t* some = weights + s * kShared * kAlong;
+    // A block's inputs may be in another order: it is multiplied to its end.
+    int64_t pairs = std::min<int64_t>(kShared, whole_blocks(depth - s * kShared)) / 2;
 #pragma GCC unroll 4
-    for (int p = 0; p < kShared / 2; ++p) {
+    for (int64_t p = 0; p < pairs; ++p) {
       Ints a = load<Ints>(x + p * 2 * kTile), b = load<Ints>(x + p * 2 * kTile + kTile);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
         int32_t pair;
         std::memcpy(&pair, some + 2 * (r * kAcross + p * kAlong), sizeof pair);
         Ints both = splat_pair(pair);
-        total[r][0] += times_pairs(a, both);
-        total[r][1] += times_pairs(b, both);
+        total[r][0] = Dot::add(total[r][0], a, both);
+        total[r][1] = Dot::add(total[r][1], b, both);
       }
     }
     int64_t block = s * kShared / kBlock;
@@ -176,8 +200,9 @@ PUNA_INLINE void multiply_whole(const int16_t* weights, const WholeScales* scale
       for (int r = 0; r < R; ++r) {
         float* to = y + r * y_stride + half * kLanes;
         Floats value = first && s == 0 ? Floats{} : load<Floats>(to);
-        Floats scaled = scales == nullptr ? scale : splat(scales->scales[r][s]) * scale;
-        value += scaled * __builtin_convertvector(total[r][half], Floats);
+        Floats all = Dot::floats(total[r][half]);
+        if (Dot::kScaled) all *= scale;
+        value += scales == nullptr ? all : splat(scales->scales[r][s]) * all;
         if (scales != nullptr && scales->has_lows) value += splat(scales->lows[r][block]) * sums;
         store(to, value);
       }
@@ -185,21 +210,10 @@ PUNA_INLINE void multiply_whole(const int16_t* weights, const WholeScales* scale
   }
 }
 
-template <int R, int kShared, int64_t kAcross, int64_t kAlong>
-void multiply_whole_upto(int64_t results, const int16_t* weights, const WholeScales* scales,
-                         const WholeTile& tile, int64_t depth, float* y, int64_t y_stride,
-                         bool first) {
-  if (results == R)
-    multiply_whole<R, kShared, kAcross, kAlong>(weights, scales, tile, depth, y, y_stride, first);
-  else if constexpr (R > 1)
-    multiply_whole_upto<R - 1, kShared, kAcross, kAlong>(results, weights, scales, tile, depth, y,
-                                                         y_stride, first);
-}
-
 template <int32_t kind, int kShared>
 void many_whole_of(const PunaMatrix& m, const float* scratch, int64_t rows, int64_t begin,
                    int64_t end, float* y) {
-  WholeWeights weights;
+  WholeWeights weights{};
   weights.has_lows = m.low != nullptr;
   int64_t tiles = tiles_of(rows), y_stride = tiles * kTile;
   for (int64_t depth = 0; depth * kDepth < m.in; ++depth) {
@@ -209,8 +223,8 @@ void many_whole_of(const PunaMatrix& m, const float* scratch, int64_t rows, int6
       for (int64_t r = 0; r < here; ++r)
         widen_whole<kind>(m, out + r, start, count, kShared, r, weights);
       for (int64_t tile = 0; tile < tiles; ++tile)
-        multiply_whole_upto<kWholeResults, kShared, kDepth / 2, 1>(
-            here, weights.numbers[0], &weights,
+        multiply_pairs<WholeDot, kShared, kDepth / 2, 1>(
+            weights.numbers[0], &weights,
             *whole_tile(const_cast<float*>(scratch), tiles, depth, tile), count,
             y + (out - begin) * y_stride + tile * kTile, y_stride, depth == 0);
     }
@@ -233,56 +247,73 @@ PUNA_INLINE void pair_rows(const int8_t* even, const int8_t* odd, __m256i pairs[
   pairs[1] = _mm256_cvtepi8_epi16(_mm_unpackhi_epi8(a, b));
 }
 
+PUNA_INLINE void pair_rows(const uint16_t* even, const uint16_t* odd, __m256i pairs[2]) {
+  __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(even));
+  __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(odd));
+  __m256i low = _mm256_unpacklo_epi16(a, b), high = _mm256_unpackhi_epi16(a, b);
+  pairs[0] = _mm256_permute2x128_si256(low, high, 0x20);
+  pairs[1] = _mm256_permute2x128_si256(low, high, 0x31);
+}
+
 // Inputs [begin, end) of results [start, start + count), as pairs of results: for each set of
 // kWholeResults inputs [kDepth / 2][kWholeResults]. A result beyond the last is zero.
-inline void pair_weights(const PunaMatrix& m, int64_t start, int64_t count, int64_t begin,
-                         int64_t end, int16_t* to) {
-  const int8_t* rows = static_cast<const int8_t*>(m.data) + start * m.in;
-  constexpr int64_t kInputs = 16, kTogether = 4;
+template <typename T>
+void pair_weights(const PunaMatrix& m, int64_t start, int64_t count, int64_t begin, int64_t end,
+                  int16_t* to) {
+  const T* rows = static_cast<const T*>(m.data) + start * m.in;
+  constexpr int64_t kInputs = 16, kTogether = 4, kAhead = 16;
   static_assert(kWholeResults % kTogether == 0, "pairs are stored by fours");
-  for (int64_t out = 0; out < (count + kBlock - 1) / kBlock * kBlock; out += 2) {
+  for (int64_t out = 0; out < whole_blocks(count); out += 2) {
+    int16_t* set = to + out * kWholeResults;
+    int64_t place = 0;
     for (int64_t i = begin; i < end; i += kInputs) {
-      int8_t ends[2][kInputs] = {};
-      const int8_t* from[2];
+      for (int r = 0; r < 2; ++r) __builtin_prefetch(rows + (out + kAhead + r) * m.in + i);
+      T ends[2][kInputs] = {};
+      const T* from[2];
       for (int r = 0; r < 2; ++r) {
         from[r] = rows + (out + r) * m.in + i;
         if (out + r < count && i + kInputs <= m.in) continue;
-        if (out + r < count) std::memcpy(ends[r], from[r], m.in - i);
+        if (out + r < count) std::memcpy(ends[r], from[r], (m.in - i) * sizeof(T));
         from[r] = ends[r];
       }
       __m256i pairs[2];
       pair_rows(from[0], from[1], pairs);
       for (int64_t k = 0; k < kInputs && i + k < end; k += kTogether) {
-        int64_t set = (i - begin + k) / kWholeResults, place = (i - begin + k) % kWholeResults;
-        int16_t* at = to + 2 * ((set * kDepth / 2 + out / 2) * kWholeResults + place);
-        __m256i both = pairs[k / 8];
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(at), k % 8 == 0
-                                                             ? _mm256_castsi256_si128(both)
-                                                             : _mm256_extracti128_si256(both, 1));
+        __m128i four = k % 8 == 0 ? _mm256_castsi256_si128(pairs[k / 8])
+                                  : _mm256_extracti128_si256(pairs[k / 8], 1);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(set + 2 * place), four);
+        place += kTogether;
+        if (place == kWholeResults) place = 0, set += kDepth * kWholeResults;
       }
     }
   }
 }
 
-// The transposed product of 8 bits with one scale for a row: that is multiplied into y.
-inline void back_whole(const PunaMatrix& m, const float* scratch, int64_t rows, int64_t begin,
-                       int64_t end, float* x) {
+// The transposed product, where no weight has a scale: of 8 bits it is multiplied into y.
+template <typename T, typename Dot, int kShared>
+void back_pairs(const PunaMatrix& m, const float* scratch, int64_t rows, int64_t begin, int64_t end,
+                float* x) {
   int64_t tiles = tiles_of(rows), x_stride = tiles * kTile;
   int64_t sets = (end - begin + kWholeResults - 1) / kWholeResults;
   int16_t* pairs = static_cast<int16_t*>(std::calloc(sets * kWholeResults * kDepth, 2));
   for (int64_t depth = 0; depth * kDepth < m.out; ++depth) {
     int64_t start = depth * kDepth, count = std::min(kDepth, m.out - start);
-    pair_weights(m, start, count, begin, end, pairs);
+    pair_weights<T>(m, start, count, begin, end, pairs);
     for (int64_t set = 0; set < sets; ++set) {
       int64_t first = set * kWholeResults;
       for (int64_t tile = 0; tile < tiles; ++tile)
-        multiply_whole_upto<kWholeResults, kBlock, 1, kWholeResults>(
-            std::min<int64_t>(kWholeResults, end - begin - first), pairs + first * kDepth, nullptr,
+        multiply_pairs<Dot, kShared, 1, kWholeResults>(
+            pairs + first * kDepth, nullptr,
             *whole_tile(const_cast<float*>(scratch), tiles, depth, tile), count,
             x + first * x_stride + tile * kTile, x_stride, depth == 0);
     }
   }
   std::free(pairs);
+}
+
+inline void back_whole(const PunaMatrix& m, const float* scratch, int64_t rows, int64_t begin,
+                       int64_t end, float* x) {
+  back_pairs<int8_t, WholeDot, kBackShared>(m, scratch, rows, begin, end, x);
 }
 
 #else
@@ -291,41 +322,6 @@ inline void many_whole(const PunaMatrix&, const float*, int64_t, int64_t, int64_
 inline void back_whole(const PunaMatrix&, const float*, int64_t, int64_t, int64_t, float*) {}
 
 #endif
-
-// Any weights, as whole numbers or as floats: what a set of instructions offers.
-inline int64_t any_scratch(const PunaMatrix& m, int32_t x_kind, int64_t rows) {
-  return is_whole(m, x_kind) ? whole_scratch(m.in, rows) : many_scratch(m, rows);
-}
-
-inline void any_pack(const PunaMatrix& m, const void* x, int32_t x_kind, int64_t rows,
-                     int64_t tile, float* scratch) {
-  if (is_whole(m, x_kind))
-    pack_whole(x, x_kind, rows, m.in, tile, m.kind == PUNA_U4, nullptr, scratch);
-  else
-    many_pack(m, x, x_kind, rows, tile, scratch);
-}
-
-inline void any_many(const PunaMatrix& m, int32_t x_kind, const float* scratch, int64_t rows,
-                     int64_t begin, int64_t end, float* y) {
-  (is_whole(m, x_kind) ? many_whole : many)(m, scratch, rows, begin, end, y);
-}
-
-inline int64_t any_back_scratch(const PunaMatrix& m, int32_t y_kind, int64_t rows) {
-  return is_whole_back(m, y_kind) ? whole_scratch(m.out, rows) : back_scratch(m, rows);
-}
-
-inline void any_back_pack(const PunaMatrix& m, const void* y, int32_t y_kind, int64_t rows,
-                          int64_t tile, float* scratch) {
-  if (is_whole_back(m, y_kind))
-    pack_whole(y, y_kind, rows, m.out, tile, false, &m, scratch);
-  else
-    back_pack(m, y, y_kind, rows, tile, scratch);
-}
-
-inline void any_back(const PunaMatrix& m, int32_t y_kind, const float* scratch, int64_t rows,
-                     int64_t begin, int64_t end, float* x) {
-  (is_whole_back(m, y_kind) ? back_whole : back)(m, scratch, rows, begin, end, x);
-}
 
 }  // namespace PUNA_ISA
 }  // namespace puna

@@ -129,11 +129,12 @@ PUNA_INLINE void join_steps(float* floats, int64_t count) {
   }
 }
 
-// R results of a tile's rows, added to those of earlier blocks unless this is the first. The weight
-// of result r and input k stands at `r * kAcross + k * kAlong`.
-template <int R, int64_t kAcross, int64_t kAlong>
-PUNA_INLINE void multiply(const float* weights, const float* x, int64_t depth, float* y,
-                          int64_t y_stride, bool first) {
+// kResults results of a tile's rows, added to those of earlier blocks unless this is the first. The
+// weight of result r and input k stands at `r * kAcross + k * kAlong`.
+template <int64_t kAcross, int64_t kAlong>
+void multiply(const float* weights, const float* x, int64_t depth, float* y, int64_t y_stride,
+              bool first) {
+  constexpr int R = kResults;
   Floats total[R][2];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
@@ -156,17 +157,9 @@ PUNA_INLINE void multiply(const float* weights, const float* x, int64_t depth, f
   }
 }
 
-template <int R, int64_t kAcross, int64_t kAlong>
-void multiply_upto(int64_t results, const float* weights, const float* x, int64_t depth, float* y,
-                   int64_t y_stride, bool first) {
-  if (results == R)
-    multiply<R, kAcross, kAlong>(weights, x, depth, y, y_stride, first);
-  else if constexpr (R > 1)
-    multiply_upto<R - 1, kAcross, kAlong>(results, weights, x, depth, y, y_stride, first);
-}
-
-// Sets of kResults results times every tile, a block of inputs at a time. `weights(start, count,
-// first, results)` gives where those of inputs from `start` are, as `multiply` takes them.
+// Sets of kResults results times every tile, a block of inputs at a time. The last set is computed
+// whole, with whatever stands there: y has room for it. `weights(start, count, first, results)`
+// gives where those of inputs from `start` are, as `multiply` takes them.
 template <int64_t kAcross, int64_t kAlong, typename Weights>
 PUNA_INLINE void multiply_all(const float* packed, int64_t rows, int64_t depth, int64_t results,
                               float* y, Weights weights) {
@@ -178,8 +171,8 @@ PUNA_INLINE void multiply_all(const float* packed, int64_t rows, int64_t depth, 
       const float* from = weights(start, count, some, here);
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const float* x = packed_block(const_cast<float*>(packed), tiles, block, tile);
-        multiply_upto<kResults, kAcross, kAlong>(
-            here, from, x, count, y + some * y_stride + tile * kTile, y_stride, block == 0);
+        multiply<kAcross, kAlong>(from, x, count, y + some * y_stride + tile * kTile, y_stride,
+                                  block == 0);
       }
     }
   }
@@ -188,7 +181,7 @@ PUNA_INLINE void multiply_all(const float* packed, int64_t rows, int64_t depth, 
 template <typename Read>
 void many_of(const PunaMatrix& m, const float* packed, int64_t rows, int64_t begin, int64_t end,
              float* y) {
-  alignas(64) float weights[kResults * kDepth];
+  alignas(64) float weights[kResults * kDepth] = {};
   multiply_all<kDepth, 1>(packed, rows, m.in, end - begin, y,
                           [&](int64_t start, int64_t count, int64_t first, int64_t results) {
                             for (int64_t r = 0; r < results; ++r)
