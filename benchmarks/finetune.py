@@ -37,7 +37,7 @@ ENGINES = (
     "puna-torch-int8", "puna-torch-bfloat16", "puna-torch-float32",
     "puna-torch-int8-remat", "puna-torch-bfloat16-remat",
     "puna-jax-int8", "puna-jax-bfloat16", "puna-jax-float32", "puna-jax-int8-remat",
-    "peft-float32", "peft-bfloat16", "keras-hub-jax-float32",
+    "peft-float32", "peft-bfloat16", "keras-hub-jax-float32", "keras-hub-jax-bfloat16",
 )  # fmt: skip
 UNCOUNTED = 2
 

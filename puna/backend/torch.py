@@ -17,6 +17,7 @@ from puna.backend import generic
 from puna.backend.generic import assign, call_block, initialize_at_random, whole_logits
 from puna.backend.kernels import torch_calls
 from puna.backend.kernels.library import FEW_TOKENS
+from puna.backend.kernels.torch_attention import full_attention
 from puna.backend.memory import aligned_copy, numpy_dtype
 from puna.backend.packed import Packed
 from puna.backend.protocol import BlockWeights, Place, Tensor
@@ -124,6 +125,9 @@ def attention(
     """
     if dropout is not None:
         return generic.attention(query_BNTH, key_BKSH, value_BKSH, mask_B1TS, scale, dropout)
+    done = full_attention(query_BNTH, key_BKSH, value_BKSH, mask_B1TS, scale)
+    if done is not None:
+        return done
     B, N, T, H = query_BNTH.shape
     K = key_BKSH.shape[1]
     G = N // K

@@ -66,6 +66,7 @@ class _Loss(torch.autograd.Function):
                 if change is not None:
                     old = changes[i]
                     changes[i] = change if old is None else old.add_(change)
+            del logits_RV, d_RV  # or there are those of two pieces at a time
         ctx.found = (dx_ND, *changes)
         ctx.mark_non_differentiable(right)
         return loss, right

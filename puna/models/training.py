@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 AUTO = "auto"
 
 # Logits that are held at a time while a loss is computed, in bytes of float32.
-_LOGITS_BYTES = 24 << 20
+_LOGITS_BYTES = 32 << 20
 
 
 class Trainable:

@@ -54,6 +54,20 @@ class Attention(ctypes.Structure):
     )
 
 
+class FullAttention(ctypes.Structure):
+    """`PunaFullAttention`."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("query", "key", "value", "firsts", "lasts", "out")),
+        *((name, ctypes.c_void_p) for name in ("log_sums", "out_change", "query_change")),
+        *((name, ctypes.c_void_p) for name in ("key_change", "value_change")),
+        *((name, ctypes.c_int64) for name in ("rows", "tokens", "query_heads", "key_heads")),
+        *((name, ctypes.c_int64) for name in ("head_size", "places")),
+        ("scale", ctypes.c_float),
+        ("kind", ctypes.c_int32),
+    )
+
+
 class Block(ctypes.Structure):
     """`PunaBlock`."""
 
@@ -142,6 +156,8 @@ def library() -> ctypes.CDLL | None:
     loaded.puna_linear_transposed.restype = ctypes.c_char_p
     loaded.puna_attention.argtypes = [pointer, pointer]
     loaded.puna_attention.restype = ctypes.c_char_p
+    for function in (loaded.puna_full_attention, loaded.puna_full_attention_back):
+        function.argtypes, function.restype = [pointer, pointer], ctypes.c_char_p
     loaded.puna_blocks.argtypes = [pointer, pointer]
     loaded.puna_blocks.restype = ctypes.c_char_p
     norm = [pointer, pointer, number, pointer, number, ctypes.c_float, integer, integer, pointer]

@@ -24,7 +24,7 @@ from puna.backend.packed import Packed
 from puna.backend.protocol import BlockWeights, Place
 from puna.errors import BackendError
 
-_KINDS = {getattr(torch, name): kind for name, kind in KINDS.items()}
+KINDS_OF = {getattr(torch, name): kind for name, kind in KINDS.items()}
 _POINTERS = [ctypes.c_void_p * count for count in range(9)]
 _FLOATS = tuple(getattr(torch, name) for name in FLOATS)
 
@@ -37,7 +37,7 @@ class _Prepared(NamedTuple):
     out_features: tuple[int, ...]
 
 
-def _takes(*tensors: torch.Tensor) -> bool:
+def takes(*tensors: torch.Tensor) -> bool:
     """Whether kernels can look at these; not where torch compiles or transforms what it runs."""
     return (
         all(tensor.is_cpu and tensor.dtype in _FLOATS for tensor in tensors)
@@ -47,7 +47,7 @@ def _takes(*tensors: torch.Tensor) -> bool:
     )
 
 
-def _run(function: str, *arguments: Any) -> None:
+def run(function: str, *arguments: Any) -> None:
     """Call a function of the library on torch's threads.
 
     Raises:
@@ -94,9 +94,9 @@ def linears(
     """`x` [..., in] times the transpose of each weight [out, in]; None where torch shall do it."""
     if (prepared := _usable(x, weights, out_dtype)) is None:
         return None
-    if not _wants_gradients(x, *weights):
+    if not wants_gradients(x, *weights):
         return _call(x, prepared, out_dtype)
-    if _wants_gradients(*weights):
+    if wants_gradients(*weights):
         return tuple(_Linear.apply(x, weight, out_dtype) for weight in weights)
     return _Frozen.apply(x, out_dtype, weights)
 
@@ -110,7 +110,7 @@ def gated(
     """`silu(x · gate) · (x · up)`, in one call where no gradient is wanted; else as `linears`."""
     if (prepared := _usable(x, (gate, up), out_dtype)) is None:
         return None
-    if not _wants_gradients(x, gate, up):
+    if not wants_gradients(x, gate, up):
         return _call(x, prepared, out_dtype, gated=True)[0]
     results = linears(x, (gate, up), out_dtype)
     assert results is not None  # `_usable` has seen it
@@ -121,10 +121,11 @@ def _usable(
     x: torch.Tensor, weights: Sequence[torch.Tensor | Packed], out_dtype: torch.dtype
 ) -> _Prepared | None:
     """The weights for a call, where the kernels take this product."""
-    return _prepare(weights) if out_dtype in _FLOATS and _takes(x) else None
+    return _prepare(weights) if out_dtype in _FLOATS and takes(x) else None
 
 
-def _wants_gradients(*tensors: torch.Tensor | Packed) -> bool:
+def wants_gradients(*tensors: torch.Tensor | Packed) -> bool:
+    """Whether a gradient by one of these is to be known."""
     return torch.is_grad_enabled() and any(
         not isinstance(tensor, Packed) and tensor.requires_grad for tensor in tensors
     )
@@ -182,8 +183,8 @@ class _Gated(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         dy = changes[0].contiguous()
         d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
-        _run(
-            "puna_gate_back", gate.data_ptr(), up.data_ptr(), dy.data_ptr(), _KINDS[gate.dtype],
+        run(
+            "puna_gate_back", gate.data_ptr(), up.data_ptr(), dy.data_ptr(), KINDS_OF[gate.dtype],
             gate.numel(), d_gate.data_ptr(), d_up.data_ptr(),
         )  # fmt: skip
         return d_gate, d_up
@@ -205,9 +206,9 @@ def _call(
     outs = prepared.out_features[:1] if gated else prepared.out_features
     results = tuple([torch.empty((*leading, out), dtype=out_dtype) for out in outs])
     pointers = _POINTERS[len(outs)](*[y.data_ptr() for y in results])
-    _run(
-        "puna_linear", x.data_ptr(), _KINDS[x.dtype], x.numel() // width, prepared.matrices,
-        len(prepared.matrices), pointers, _KINDS[out_dtype], gated,
+    run(
+        "puna_linear", x.data_ptr(), KINDS_OF[x.dtype], x.numel() // width, prepared.matrices,
+        len(prepared.matrices), pointers, KINDS_OF[out_dtype], gated,
     )  # fmt: skip
     return results
 
@@ -217,9 +218,9 @@ def _transposed(
 ) -> torch.Tensor:
     """`dy` [..., out] times the weight [out, in]."""
     dx = torch.empty((*dy.shape[:-1], weight.shape[1]), dtype=dtype)
-    _run(
-        "puna_linear_transposed", dy.data_ptr(), _KINDS[dy.dtype], dy.numel() // dy.shape[-1],
-        ctypes.byref(_matrix(weight)), dx.data_ptr(), _KINDS[dtype],
+    run(
+        "puna_linear_transposed", dy.data_ptr(), KINDS_OF[dy.dtype], dy.numel() // dy.shape[-1],
+        ctypes.byref(_matrix(weight)), dx.data_ptr(), KINDS_OF[dtype],
     )  # fmt: skip
     return dx
 
@@ -229,17 +230,17 @@ def _matrix(weight: torch.Tensor | Packed) -> Matrix:
     data, *others = (a.data_ptr() for a in _arrays(weight))
     scale, low = (*others, None, None)[:2]
     if not isinstance(weight, Packed):
-        kind = _KINDS[weight.dtype]
+        kind = KINDS_OF[weight.dtype]
         return Matrix(data, None, None, out_features, in_features, in_features, kind, 0)
-    kinds = _KINDS[weight.data.dtype], _KINDS[weight.scale.dtype]
+    kinds = KINDS_OF[weight.data.dtype], KINDS_OF[weight.scale.dtype]
     return Matrix(data, scale, low, out_features, in_features, weight.group, *kinds)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor | None:
     """See `BackendOps.rms_norm`; None where torch shall do it."""
-    if not _takes(x, weight) or not x.is_contiguous() or _wants_gradients(weight):
+    if not takes(x, weight) or not x.is_contiguous() or wants_gradients(weight):
         return None
-    if _wants_gradients(x):
+    if wants_gradients(x):
         return _Norm.apply(x, weight, epsilon)
     return _norm(x, weight, epsilon)
 
@@ -250,13 +251,13 @@ def _norm(
     """`x` normalised, or with a change `dy` of that, what it asks of `x`."""
     result, width = torch.empty_like(x), x.shape[-1]
     arguments = (
-        x.data_ptr(), _KINDS[x.dtype], weight.data_ptr(), _KINDS[weight.dtype], epsilon,
+        x.data_ptr(), KINDS_OF[x.dtype], weight.data_ptr(), KINDS_OF[weight.dtype], epsilon,
         x.numel() // width, width,
     )  # fmt: skip
     if dy is None:
-        _run("puna_rms_norm", *arguments, result.data_ptr())
+        run("puna_rms_norm", *arguments, result.data_ptr())
     else:
-        _run("puna_rms_norm_back", *arguments, dy.data_ptr(), result.data_ptr())
+        run("puna_rms_norm_back", *arguments, dy.data_ptr(), result.data_ptr())
     return result
 
 
@@ -283,7 +284,7 @@ def cross_entropy(
     With `gradient`, the float32 logits become the losses' gradients; else they are lost.
     """
     if (
-        not _takes(logits_RV)
+        not takes(logits_RV)
         or logits_RV.dtype is not torch.float32
         or not logits_RV.is_contiguous()
     ):
@@ -291,7 +292,7 @@ def cross_entropy(
     R, V = logits_RV.shape
     labels_R, weights_R = labels_R.long().contiguous(), weights_R.float().contiguous()
     losses_R, highest_R = (torch.empty(R, dtype=torch.float32) for _ in range(2))
-    _run(
+    run(
         "puna_cross_entropy", logits_RV.data_ptr(), R, V, labels_R.data_ptr(),
         weights_R.data_ptr(), gradient, losses_R.data_ptr(), highest_R.data_ptr(),
     )  # fmt: skip
@@ -313,9 +314,9 @@ def attend(
     B, T, features = query.shape
     if (
         T > _MOST_TOKENS
-        or not _takes(query, keys)
+        or not takes(query, keys)
         or keys.shape[3] % 16
-        or _wants_gradients(*projected)
+        or wants_gradients(*projected)
     ):
         return None
     K, S, H = keys.shape[1:]
@@ -326,9 +327,9 @@ def attend(
     out = torch.empty_like(query)
     attention = Attention(
         *(a.data_ptr() for a in (query, key, value, cos, sin, starts, keys, values, out)),
-        B, T, features // H, K, H, S, H**-0.5, _KINDS[query.dtype], _KINDS[keys.dtype],
+        B, T, features // H, K, H, S, H**-0.5, KINDS_OF[query.dtype], KINDS_OF[keys.dtype],
     )  # fmt: skip
-    _run("puna_attention", ctypes.byref(attention))
+    run("puna_attention", ctypes.byref(attention))
     return out
 
 
@@ -352,7 +353,7 @@ def prepare_blocks(blocks: Sequence[BlockWeights]) -> PreparedBlocks | None:
         Block(*(norm.data_ptr() for norm in block.norms), *map(_matrix, block.matrices))
         for block in blocks
     ]
-    return PreparedBlocks(blocks, (Block * len(made))(*made), _KINDS[dtype])
+    return PreparedBlocks(blocks, (Block * len(made))(*made), KINDS_OF[dtype])
 
 
 def call_blocks(
@@ -366,7 +367,7 @@ def call_blocks(
     """What comes out of the last block; None where torch shall do it. The caches are written to."""
     keys = cache[0][0]
     if (
-        not _takes(x_BTD, keys)
+        not takes(x_BTD, keys)
         or keys.shape[3] % 16
         or torch.is_grad_enabled()
         or (prepared := prepare()) is None
@@ -382,9 +383,9 @@ def call_blocks(
         prepared.blocks, *map(ctypes.addressof, caches),
         *(a.data_ptr() for a in (x_BTD, cos, sin, starts)),
         len(cache), B, T, D, prepared.blocks[0].query.out_features // H, K, H, S,
-        H**-0.5, epsilon, _KINDS[x_BTD.dtype], prepared.norm_kind, _KINDS[keys.dtype],
+        H**-0.5, epsilon, KINDS_OF[x_BTD.dtype], prepared.norm_kind, KINDS_OF[keys.dtype],
     )  # fmt: skip
-    _run("puna_blocks", ctypes.byref(call))
+    run("puna_blocks", ctypes.byref(call))
     return x_BTD
 
 

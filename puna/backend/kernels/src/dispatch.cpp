@@ -16,7 +16,7 @@ constexpr int64_t kChunkBytes = 128 << 10;
 // Many rows: so many at once, whose inputs stay in the second cache, and so many results a chunk,
 // or inputs of the transposed product: a multiple of every step, and of the sets of results.
 constexpr int64_t kRowsAtOnce = 256;
-constexpr int64_t kManyResults = 96;
+constexpr int64_t kManyResults = 48;
 constexpr int64_t kBackInputs = 96;
 constexpr int64_t kNumbers = 16 << 10;  // that a thread changes at a time, one by one
 constexpr int64_t kMostTile = 32;  // rows of a tile, with the longest vectors
@@ -275,6 +275,39 @@ const char* puna_attention(const PunaThreads* threads, const PunaAttention* atte
   parallel(*threads, a.rows * a.key_heads, [&](int64_t i) {
     float* scratch = computed.floats(kernels.attention_scratch(a));
     kernels.attention(a, i / a.key_heads, i % a.key_heads, scratch);
+  });
+  return nullptr;
+}
+
+static const char* problem_of(const PunaFullAttention& a) {
+  if (!is_float(a.kind)) return "heads are floats";
+  if (a.key_heads < 1 || a.query_heads % a.key_heads != 0) return "the heads are of no such number";
+  for (int64_t i = 0; i < a.rows * a.tokens; ++i)
+    if (a.firsts[i] < 0 || a.lasts[i] > a.places) return "a token looks at places that are none";
+  return nullptr;
+}
+
+const char* puna_full_attention(const PunaThreads* threads, const PunaFullAttention* attention) {
+  const PunaFullAttention& a = *attention;
+  if (const char* why = problem_of(a)) return why;
+  const KernelTable& kernels = *instructions().table;
+  int64_t blocks = chunks(a.tokens, kQueryBlock), heads = a.rows * a.query_heads;
+  parallel(*threads, heads * blocks, [&](int64_t i) {  // the last blocks take longest
+    float* scratch = computed.floats(kernels.full_scratch(a, false));
+    int64_t head = i % heads;
+    kernels.full_attention(a, head / a.query_heads, head % a.query_heads, blocks - 1 - i / heads,
+                           scratch);
+  });
+  return nullptr;
+}
+
+const char* puna_full_attention_back(const PunaThreads* threads, const PunaFullAttention* attention) {
+  const PunaFullAttention& a = *attention;
+  if (const char* why = problem_of(a)) return why;
+  const KernelTable& kernels = *instructions().table;
+  parallel(*threads, a.rows * a.key_heads, [&](int64_t i) {
+    float* scratch = computed.floats(kernels.full_scratch(a, true));
+    kernels.full_attention_back(a, i / a.key_heads, i % a.key_heads, scratch);
   });
   return nullptr;
 }

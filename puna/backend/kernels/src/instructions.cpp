@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "attention.h"
+#include "full_attention.h"
 #include "kernel_table.h"
 #include "loss.h"
 #include "many.h"
@@ -145,7 +146,9 @@ const KernelTable PUNA_TABLE = {
     PUNA_ISA::kTile, PUNA_ISA::any_scratch, PUNA_ISA::any_pack, PUNA_ISA::any_many,
     PUNA_ISA::any_back_scratch, PUNA_ISA::any_back_pack, PUNA_ISA::any_back,
     PUNA_ISA::turn, PUNA_ISA::finish, PUNA_ISA::gate_back,
-    PUNA_ISA::attention_scratch, PUNA_ISA::attention, PUNA_ISA::rms_norm, PUNA_ISA::rms_norm_back,
+    PUNA_ISA::attention_scratch, PUNA_ISA::attention,
+    PUNA_ISA::full_scratch, PUNA_ISA::full_attention, PUNA_ISA::full_attention_back,
+    PUNA_ISA::rms_norm, PUNA_ISA::rms_norm_back,
     PUNA_ISA::cross_entropy, PUNA_ISA::read,
 };
 

@@ -9,6 +9,8 @@
 
 namespace puna {
 
+constexpr int64_t kQueryBlock = 64;  // queries of a head that are attended to together
+
 // Scratch memory and the order of work are the caller's; see dispatch.cpp.
 struct KernelTable {
   // How many rows of scratch stand for a row: first one of each row, then a second of each.
@@ -46,6 +48,12 @@ struct KernelTable {
                     int64_t begin, int64_t end, void* gate_change, void* up_change);
   int64_t (*attention_scratch)(const PunaAttention& a);
   void (*attention)(const PunaAttention& a, int64_t row, int64_t head, float* scratch);
+  int64_t (*full_scratch)(const PunaFullAttention& a, bool back);
+  // A block of kQueryBlock queries, and all that is of one key head.
+  void (*full_attention)(const PunaFullAttention& a, int64_t row, int64_t head, int64_t block,
+                         float* scratch);
+  void (*full_attention_back)(const PunaFullAttention& a, int64_t row, int64_t key_head,
+                              float* scratch);
   void (*rms_norm)(const void* x, int32_t kind, const void* weight, int32_t weight_kind,
                    float epsilon, int64_t width, int64_t at, void* y);
   void (*rms_norm_back)(const void* x, int32_t kind, const void* weight, int32_t weight_kind,

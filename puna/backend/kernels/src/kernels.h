@@ -74,6 +74,31 @@ typedef struct {
 
 const char* puna_attention(const PunaThreads* threads, const PunaAttention* attention);
 
+// All tokens of several rows at once. Query head n looks at key head n / (query_heads / key_heads), and
+// token t of a row at its places [firsts, lasts); one that looks at none gets zeros.
+typedef struct {
+  const void* query;        // [rows, query_heads, tokens, head_size]
+  const void* key;          // [rows, key_heads, places, head_size]
+  const void* value;        // like key
+  const int32_t* firsts;    // [rows, tokens]
+  const int32_t* lasts;     // like firsts
+  void* out;                // like query
+  float* log_sums;          // [rows, query_heads, tokens], which the gradients need
+  const void* out_change;   // like out; NULL where no gradients are wanted, as these are then:
+  void* query_change;       // like query
+  void* key_change;         // like key
+  void* value_change;       // like value
+  int64_t rows, tokens, query_heads, key_heads, head_size, places;
+  float scale;
+  int32_t kind;  // of all but log_sums
+} PunaFullAttention;
+
+// Fills out and log_sums.
+const char* puna_full_attention(const PunaThreads* threads, const PunaFullAttention* attention);
+
+// Fills the changes of query, key and value.
+const char* puna_full_attention_back(const PunaThreads* threads, const PunaFullAttention* attention);
+
 // A block of a Llama: its norms and matrices, and the cache that its new keys and values join.
 typedef struct {
   const void* attention_norm;  // [width]
