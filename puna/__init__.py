@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from puna import models, samplers, tuning
+    from puna import distribution, models, samplers, tuning
     from puna.chat import ChatState
     from puna.checkpoint.upload import upload_preset
     from puna.config import LlamaConfig
@@ -24,6 +24,7 @@ _PUBLIC = {
     "ChatState": "puna.chat",
     "FinetuneSettings": "puna.runs",
     "LlamaConfig": "puna.config",
+    "distribution": "puna.distribution",
     "errors": "puna.errors",
     "finetune": "puna.runs",
     "load_model": "puna.models",
@@ -38,6 +39,7 @@ __all__ = [
     "FinetuneSettings",
     "LlamaConfig",
     "__version__",
+    "distribution",
     "finetune",
     "load_model",
     "models",

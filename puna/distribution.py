@@ -23,11 +23,12 @@ from typing import Any
 import keras
 
 from puna import backend
-from puna.backend import placement
+from puna.backend import hosts, placement
 from puna.backend.memory import numpy_dtype
 from puna.checkpoint.expected import expected_shapes
 from puna.config import LlamaConfig
 from puna.errors import BackendError, ConfigError
+from puna.layout_rules import Rules
 
 BATCH, MODEL = "batch", "model"
 _EMBEDDING = "model.embed_tokens"
@@ -40,17 +41,6 @@ _RULES = {
     ".*mlp/(gate|up)_proj/weight": "out",
     ".*mlp/down_proj/weight": "in",
     ".*lm_head/weight": "out",
-}
-
-# What is in keras-hub's rules, and the rule of ours that means the same.
-_KERAS_HUB = {
-    "reverse_embeddings": '".*lm_head/weight": ("model", None)',
-    "token_embedding": '".*embed_tokens/weight": ("model", None)',
-    "attention_output": '".*self_attn/o_proj/weight": (None, "model")',
-    "query|key|value": '".*self_attn/(q|k|v)_proj/weight": ("model", None)',
-    "output_dense": '".*mlp/down_proj/weight": (None, "model")',
-    "gate_dense|intermediate_dense|feedforward": '".*mlp/(gate|up)_proj/weight": ("model", None)',
-    "kernel": '".*/weight": (axis of outputs, axis of inputs)',
 }
 
 
@@ -70,6 +60,44 @@ def check_backend(what: str) -> None:
             f"backend is {backend.name}; set KERAS_BACKEND=jax before Python starts, or leave it "
             "out to use one device"
         )
+
+
+def initialize(
+    job_addresses: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    heartbeat_timeout: int = 60,
+) -> None:
+    """Make this process one of several that work on one model; see `docs/hosts.md`.
+
+    To be called once, before anything is computed. What is not given is taken from Keras's
+    variables (`KERAS_DISTRIBUTION_JOB_ADDRESSES` and so on), which `python -m puna.launch` sets, or
+    from SLURM, Kubernetes, MPI or the TPU pod, as JAX finds it. `keras.distribution.initialize`
+    does the same, and leaves it at JAX's 100 seconds. All processes draw the same random numbers
+    from here on.
+
+    Args:
+        job_addresses: of process 0, such as "10.0.0.1:1234"; those of others may follow, after
+            commas.
+        num_processes: how many there are.
+        process_id: which one this is, from 0 on.
+        heartbeat_timeout: seconds after which the others end, when one is dead.
+
+    Raises:
+        BackendError: the backend is not JAX, the others cannot be reached, or something has been
+            computed already.
+        ConfigError: nothing says where process 0 is.
+    """
+    check_backend("initialize")
+    hosts.start(job_addresses, num_processes, process_id, heartbeat_timeout)
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that should print and write, of those that `initialize` has
+    connected; of one process it is true.
+    """
+    return hosts.index() == 0
 
 
 def layout_map(device_mesh: Any, model: str, data: str, fsdp: bool) -> Any:
@@ -113,13 +141,14 @@ def settle(model: Any, distribution: Any = None) -> None:
     if distribution is None:
         return
     check_backend("a distribution")
+    _check_processes(distribution)
     rules = placement.layout_map(distribution)
     if rules is None:
         for variable in model.variables:
             if not placement.has_place(variable):
                 placement.place_as_told(variable, distribution)
         return
-    found = _Rules(rules)
+    found = Rules(rules)
     # A causal LM's backbone has been settled before it, and told of then.
     unused = found.unused(model) if model.matrices()[_EMBEDDING].cut is None else []
     whole = _settle_matrices(model, found, distribution)
@@ -131,7 +160,31 @@ def settle(model: Any, distribution: Any = None) -> None:
     _report(whole, unused, distribution)
 
 
-def _settle_matrices(model: Any, rules: _Rules, distribution: Any) -> dict[str, list[str]]:
+def _check_processes(distribution: Any) -> None:
+    """Refuse a mesh that leaves a process without devices: it would wait for the others for ever.
+
+    Raises:
+        ConfigError: as said.
+        BackendError: there are several processes, and they are not connected.
+    """
+    from puna.backend.jax_shards import devices_by_process
+
+    there = devices_by_process(distribution.device_mesh.backend_mesh)
+    if len(there) > hosts.processes():
+        raise BackendError(
+            f"the mesh has devices of {len(there)} processes, which are not connected; call "
+            "puna.distribution.initialize() before anything else"
+        )
+    if len(there) != hosts.processes() or len({*there.values()}) > 1:
+        told = ", ".join(f"{count} of process {i}" for i, count in sorted(there.items()))
+        raise ConfigError(
+            f"there are {hosts.processes()} processes, and the mesh "
+            f"{tuple(distribution.device_mesh.shape)} has devices of theirs: {told}; expected as "
+            "many of each: give a larger mesh, or start fewer processes"
+        )
+
+
+def _settle_matrices(model: Any, rules: Rules, distribution: Any) -> dict[str, list[str]]:
     """Settle the matrices; what is on every device whole, by the reason."""
     sizes, config = placement.mesh_sizes(distribution), model.config
     whole: dict[str, list[str]] = {}
@@ -172,67 +225,6 @@ def _divides(count: int, devices: int, config: LlamaConfig | None) -> bool:
         return False
     # A device's query heads read whole key/value heads, or some of them read the same one.
     return config is None or not config.num_kv_heads % devices or not devices % config.num_kv_heads
-
-
-class _Rules:
-    """The rules of a layout map, looked up by paths of variables.
-
-    A rule that says something of a whole path goes before one whose pattern is only found in it.
-    """
-
-    def __init__(self, layouts: Any):
-        self._axes = {key: tuple(layouts[key].axes) for key in layouts}
-
-    def of(self, path: str, rank: int) -> tuple[str | None, ...] | None:
-        """The axes for a variable; None if no rule says any.
-
-        Raises:
-            ConfigError: several rules do, or the rule is for another number of axes.
-        """
-        for match in (re.fullmatch, re.search):
-            keys = [path] if path in self._axes else []
-            keys = keys or [key for key in self._axes if match(key, path)]
-            if keys:
-                break
-        else:
-            return None
-        if len(keys) > 1:
-            raise ConfigError(
-                f"the layout map has {len(keys)} rules for {path}: {', '.join(map(repr, keys))}; "
-                "expected one: make the patterns narrower"
-            )
-        axes = self._axes[keys[0]]
-        if len(axes) != rank:
-            self._refuse_keras_hub(keys[0])
-            raise ConfigError(
-                f"layout_map[{keys[0]!r}] is {axes}, and {path} has {rank} axes; expected as many: "
-                "matrices are (out, in)"
-            )
-        return axes
-
-    def unused(self, model: Any) -> list[str]:
-        """The rules that say nothing of a model's variables, nor of a head's or an adapter's.
-
-        Raises:
-            ConfigError: one of them is in keras-hub's words.
-        """
-        layers = model.matrices().values()
-        paths = {variable.path for variable in model.variables} | {"lm_head/weight"}
-        paths |= {f"{layer.path or layer.name}/weight" for layer in layers}
-        found = [k for k in self._axes if not any(re.search(k, path) for path in paths)]
-        for key in found:
-            self._refuse_keras_hub(key)
-        return [key for key in found if "lora_" not in key]
-
-    def _refuse_keras_hub(self, key: str) -> None:
-        axes = self._axes[key]
-        ours = [rule for words, rule in _KERAS_HUB.items() if re.search(words, key)]
-        if ours and (len(axes) > 2 or "kernel" in key or "embeddings" in key):
-            raise ConfigError(
-                f"layout_map[{key!r}] = {axes} is a rule for keras-hub's variables. Puna's have "
-                f"Hugging Face's names and the shape (out, in): write {ours[0]}, or take "
-                "Llama3Backbone.get_layout_map(device_mesh), which has all of them"
-            )
 
 
 def _report(whole: dict[str, list[str]], unused: Sequence[str], distribution: Any) -> None:
@@ -316,8 +308,24 @@ def loading(
     if devices == Devices():
         yield
         return
-    before = placement.current()
-    shape = _shape(devices, config, _weights_bytes(config, dtype, quantization))
+    mesh = devices.mesh or _automatic(config, _weights_bytes(config, dtype, quantization))
+    with on_mesh(mesh):
+        yield
+
+
+@contextlib.contextmanager
+def on_mesh(mesh: Sequence[int]) -> Iterator[None]:
+    """A scope whose devices are those of a mesh; they stay set afterwards, unless it fails.
+
+    Args:
+        mesh: how many devices share out the rows of a batch, and how many the weights.
+
+    Raises:
+        ConfigError: there are not as many devices, or another mesh is set already.
+        BackendError: the backend is not JAX.
+    """
+    check_backend("a mesh")
+    before, shape = placement.current(), (mesh[0], mesh[1])
     if before is None:
         keras.distribution.set_distribution(_distribution(shape))
     elif tuple(before.device_mesh.shape) != shape:
@@ -334,10 +342,18 @@ def loading(
 
 
 def _distribution(shape: tuple[int, int]) -> Any:
-    devices = keras.distribution.list_devices()[: math.prod(shape)]
-    device_mesh = keras.distribution.DeviceMesh(shape, [BATCH, MODEL], devices)
+    there = keras.distribution.list_devices()
+    if math.prod(shape) > len(there):
+        raise ConfigError(
+            f"mesh={shape} takes {math.prod(shape)} devices, and there are {len(there)}; give a "
+            "smaller one (to try it on a CPU, set XLA_FLAGS=--xla_force_host_platform_device_count="
+            f"{math.prod(shape)} before Python starts)"
+        )
+    device_mesh = keras.distribution.DeviceMesh(shape, [BATCH, MODEL], there[: math.prod(shape)])
     rules = layout_map(device_mesh, MODEL, BATCH, fsdp=False)
-    return keras.distribution.ModelParallel(layout_map=rules, batch_dim_name=BATCH)
+    distribution = keras.distribution.ModelParallel(layout_map=rules, batch_dim_name=BATCH)
+    _check_processes(distribution)
+    return distribution
 
 
 def _weights_bytes(config: LlamaConfig, dtype: Any, quantization: Any) -> int:
@@ -349,20 +365,13 @@ def _weights_bytes(config: LlamaConfig, dtype: Any, quantization: Any) -> int:
     return sum(map(math.prod, expected_shapes(config).values())) * bits // 8
 
 
-def _shape(devices: Devices, config: LlamaConfig, nbytes: int) -> tuple[int, int]:
-    """The mesh that is meant: devices along the batch axis and along the model axis."""
-    there, mesh = len(keras.distribution.list_devices()), devices.mesh
-    if mesh is None:
-        from puna.backend.jax_shards import device_bytes
+def _automatic(config: LlamaConfig, nbytes: int) -> tuple[int, int]:
+    """`automatic_mesh` of the devices that there are."""
+    from puna.backend.jax_shards import device_bytes
 
-        return automatic_mesh(there, device_bytes(), config, nbytes)
-    if math.prod(mesh) > there:
-        raise ConfigError(
-            f"mesh={mesh} takes {math.prod(mesh)} devices, and there are {there}; give a smaller "
-            "one (to try it on a CPU, set XLA_FLAGS=--xla_force_host_platform_device_count="
-            f"{math.prod(mesh)} before Python starts)"
-        )
-    return mesh[0], mesh[1]
+    there = len(keras.distribution.list_devices())
+    found = hosts.from_first(automatic_mesh(there, device_bytes(), config, nbytes))
+    return found[0], found[1]
 
 
 # The share of a device's memory that weights may take: the rest is for the cache, for what a step

@@ -42,3 +42,7 @@ class RunError(PunaError, RuntimeError):
 
 class StoppedError(PunaError, RuntimeError):
     """A fine-tuning run was interrupted; its checkpoint is written, and it can go on."""
+
+
+class HostError(PunaError, RuntimeError):
+    """Another process of the same work has failed, has ended or does something else."""

@@ -19,7 +19,8 @@ from tests.meshes import (
 )
 
 
-def _parities(kind: str, meshes: tuple[tuple[int, int], ...], **changes: Any) -> dict[str, Any]:
+def parities(kind: str, meshes: tuple[tuple[int, int], ...], **changes: Any) -> dict[str, Any]:
+    """How far models on meshes are from one device."""
     on(None)
     wanted = done_by(model_of(kind, **changes))
     found = {}
@@ -32,37 +33,37 @@ def _parities(kind: str, meshes: tuple[tuple[int, int], ...], **changes: Any) ->
 
 def parity() -> dict[str, Any]:
     """A plain model on one mesh that cuts rows and weights."""
-    return _parities("plain", ((2, 4),))
+    return parities("plain", ((2, 4),))
 
 
 def parity_elsewhere() -> dict[str, Any]:
     """The same on the other meshes."""
-    return _parities("plain", ((1, 8), (8, 1), (4, 2)))
+    return parities("plain", ((1, 8), (8, 1), (4, 2)))
 
 
 def parity_lora() -> dict[str, Any]:
     """With adapters."""
-    return _parities("lora", MESHES)
+    return parities("lora", MESHES)
 
 
 def parity_int8() -> dict[str, Any]:
     """With adapters beside int8."""
-    return _parities("int8 lora", MESHES)
+    return parities("int8 lora", MESHES)
 
 
 def parity_int4() -> dict[str, Any]:
     """With DoRA beside int4."""
-    return _parities("int4 lora dora", MESHES)
+    return parities("int4 lora dora", MESHES)
 
 
 def parity_odd_heads() -> dict[str, Any]:
     """SmolLM2's heads, which eight devices do not divide."""
-    return _parities("plain", ((1, 8), (2, 4)), **ODD_HEADS)
+    return parities("plain", ((1, 8), (2, 4)), **ODD_HEADS)
 
 
 def parity_shared_heads() -> dict[str, Any]:
     """Two key/value heads on eight devices: each on all, of which four read the same one."""
-    return _parities("plain", ((1, 8),), num_key_value_heads=2)
+    return parities("plain", ((1, 8),), num_key_value_heads=2)
 
 
 def parity_bfloat16() -> dict[str, Any]:

@@ -100,6 +100,7 @@ def done_by(model: Any, *, trains: bool = True) -> dict[str, Any]:
     import keras
     import numpy as np
 
+    from puna import backend
     from puna.tuning import TextData
 
     found: dict[str, Any] = {"logits": np.asarray(model.predict(np.array(IDS), verbose=0))}
@@ -110,13 +111,12 @@ def done_by(model: Any, *, trains: bool = True) -> dict[str, Any]:
         return found
     # With this optimizer a step changes each weight by its gradient.
     model.compile(optimizer=keras.optimizers.SGD(1.0))
-    before = {v.path: np.array(v.value) for v in model.trainable_variables}
+    read = backend.ops.to_numpy
+    before = {v.path: np.array(read(v)) for v in model.trainable_variables}
     data = TextData(ROWS, packing=True, sequence_length=32)
     history = model.fit(data, batch_size=4, epochs=1, shuffle=False, verbose=0).history
     found["loss"] = history["loss"]
-    found["gradients"] = {
-        v.path: before[v.path] - np.array(v.value) for v in model.trainable_variables
-    }
+    found["gradients"] = {v.path: before[v.path] - read(v) for v in model.trainable_variables}
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 from keras import ops
 
 from puna.backend.packed import Packed
@@ -51,6 +52,11 @@ def embed_packed(packed: Packed, token_ids: Tensor) -> Tensor:
 def initialize_at_random(variable: Any) -> None:
     """See `BackendOps.initialize_at_random`."""
     variable._deferred_initialize()
+
+
+def gathered(tensor: Tensor) -> np.ndarray:
+    """See `BackendOps.gathered`."""
+    return ops.convert_to_numpy(tensor)
 
 
 def whole_logits(logits: Tensor) -> Tensor:

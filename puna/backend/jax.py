@@ -41,7 +41,7 @@ from puna.backend.protocol import BlockWeights, Place, Tensor
 
 __all__ = [
     "accumulated_step", "assign", "attend", "attention", "cache_dtype", "cache_read", "cache_write",
-    "call_block", "call_blocks", "compile_step", "cond", "embed", "gated", "head_loss",
+    "call_block", "call_blocks", "compile_step", "cond", "embed", "gated", "gathered", "head_loss",
     "initialize", "initialize_at_random", "keeps", "linear", "linears", "merge_heads", "place",
     "prepare", "rms_norm", "rotate", "silu", "split_heads", "switch", "to_numpy", "value",
     "while_loop", "whole_logits",
@@ -247,7 +247,8 @@ def gather_rows(
                 old = jax_shards.gather(source[0])[source[1], :, :S]
                 row[:, : old.shape[1]] = old
         return jax_shards.put(gathered)
-    rows = [jnp.zeros(shape[1:], dtype) if s is None else s[0][s[1], :, :S] for s in sources]
+    empty = zeros(shape[1:], dtype.name)
+    rows = [empty if s is None else s[0][s[1], :, :S] for s in sources]
     rows = [jnp.pad(r, ((0, 0), (0, S - r.shape[1]), (0, 0))) for r in rows]
     return jax_shards.placed(jnp.stack(rows))
 
@@ -305,6 +306,11 @@ def assign(variable: Any, array: np.ndarray) -> None:
 def to_numpy(variable: Any) -> np.ndarray:
     """See `BackendOps.to_numpy`."""
     return jax_shards.gather(variable.value)
+
+
+def gathered(tensor: Tensor) -> np.ndarray:
+    """See `BackendOps.gathered`."""
+    return jax_shards.gather(tensor)
 
 
 def compile_step(

@@ -9,16 +9,17 @@ from __future__ import annotations
 import functools
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import keras
 import numpy as np
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
+from puna.backend import jax_gather
 from puna.backend.protocol import Tensor
 from puna.errors import ConfigError
 
@@ -77,9 +78,9 @@ def initialize_at_random(variable: Any, sharding: Sharding) -> None:
         if "seed" in config:
             config["seed"] = 0  # takes the place of one that would be drawn from Keras's
         draw = _drawn(type(initializer), tuple(config.items()), shape, dtype, sharding)
-        value = draw(jnp.asarray([getattr(initializer, "seed", 0), 0], jnp.uint32))
+        value = draw(np.array([getattr(initializer, "seed", 0), 0], np.uint32))
     else:
-        value = jax.device_put(initializer(shape, dtype), sharding)
+        value = in_place(initializer(shape, dtype), sharding)
     variable._initialize(value)
     variable._initializer = None
 
@@ -122,6 +123,8 @@ def gather(value: Tensor) -> np.ndarray:
     """An array in the host's memory, which is let go of with the result."""
     if len(value.sharding.device_set) == 1:
         return np.asarray(value)
+    if not value.is_fully_addressable:
+        return jax_gather.gather(value)
     # JAX keeps what it has gathered with the array; so this is done with another of its kind.
     arrays = [shard.data for shard in value.addressable_shards]
     again = jax.make_array_from_single_device_arrays(value.shape, value.sharding, arrays)
@@ -181,7 +184,15 @@ def place_of(shape: tuple[int, ...]) -> NamedSharding | None:
 
 def put(array: np.ndarray) -> Tensor:
     """NumPy's array as one of a compiled step, in its place."""
-    return jax.device_put(array, place_of(array.shape))
+    return in_place(array, place_of(array.shape))
+
+
+def in_place(array: Any, sharding: Sharding | None) -> Tensor:
+    """An array, the same in all processes, on the devices where it belongs."""
+    is_there = isinstance(array, jax.Array) and not array.is_fully_addressable
+    if sharding is None or sharding.is_fully_addressable or is_there:
+        return jax.device_put(array, sharding)
+    return jax_gather.put(np.asarray(array), sharding)
 
 
 def placed(array: Tensor) -> Tensor:
@@ -213,6 +224,11 @@ def constrained(array: Any, sharding: Sharding) -> Tensor:
     if isinstance(array, Tracer):
         return jax.lax.with_sharding_constraint(array, sharding)
     return jax.device_put(array, sharding)
+
+
+def devices_by_process(mesh: Any) -> dict[int, int]:
+    """How many devices of a mesh each process has."""
+    return dict(Counter(device.process_index for device in mesh.devices.flat))
 
 
 def device_bytes() -> int:

@@ -330,6 +330,10 @@ class BackendOps(Protocol):
         """
         ...
 
+    def gathered(self, tensor: Tensor) -> np.ndarray:
+        """As `to_numpy`, of a tensor that is no variable's."""
+        ...
+
     def compile_step(
         self, function: Callable[..., Any], variables: Sequence[Any], donate: Sequence[int] = ()
     ) -> Callable[..., Any]:

@@ -16,6 +16,7 @@ from puna.backend.generic import (
     cond,
     dequantize,
     embed_packed,
+    gathered,
     initialize_at_random,
     merge_heads,
     place,
@@ -37,7 +38,7 @@ from puna.backend.tensorflow_loss import head_loss
 
 __all__ = [
     "accumulated_step", "assign", "attend", "attention", "cache_dtype", "cache_read", "cache_write",
-    "call_block", "call_blocks", "compile_step", "cond", "embed", "gated", "head_loss",
+    "call_block", "call_blocks", "compile_step", "cond", "embed", "gated", "gathered", "head_loss",
     "initialize", "initialize_at_random", "keeps", "linear", "linears", "merge_heads", "place",
     "prepare", "rms_norm", "rotate", "silu", "split_heads", "switch", "to_numpy", "value",
     "while_loop", "whole_logits",

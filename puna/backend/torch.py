@@ -14,7 +14,13 @@ from keras.src.backend.torch.core import get_device
 from torch.nn import functional
 
 from puna.backend import generic
-from puna.backend.generic import assign, call_block, initialize_at_random, whole_logits
+from puna.backend.generic import (
+    assign,
+    call_block,
+    gathered,
+    initialize_at_random,
+    whole_logits,
+)
 from puna.backend.kernels import torch_calls
 from puna.backend.kernels.library import FEW_TOKENS
 from puna.backend.kernels.torch_attention import full_attention
@@ -27,7 +33,7 @@ from puna.backend.torch_loss import head_loss
 
 __all__ = [
     "accumulated_step", "assign", "attend", "attention", "cache_dtype", "cache_write", "call_block",
-    "call_blocks", "compile_step", "cond", "embed", "gated", "gather_rows", "head_loss",
+    "call_blocks", "compile_step", "cond", "embed", "gated", "gather_rows", "gathered", "head_loss",
     "initialize", "initialize_at_random", "keeps", "linear", "linears", "merge_heads", "place",
     "prepare", "rms_norm", "rotate", "silu", "split_heads", "to_device", "to_numpy", "value",
     "whole_logits", "zeros",

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from keras import ops
 
+from puna import backend
 from puna.config import LlamaConfig
 
 # What a config says about files, training and the text around, and not about the function.
@@ -42,7 +42,7 @@ def fingerprint(config: LlamaConfig, tensors: Mapping[str, Any]) -> str:
         value = tensors[name].value
         shape = tuple(value.shape)
         step = max(1, shape[0] // _ROWS) if len(shape) > 1 else 1
-        rows = ops.convert_to_numpy(value[::step]).astype("<f4")
+        rows = backend.ops.gathered(value[::step]).astype("<f4")
         found.update(f"{name} {shape}".encode())
         found.update(np.ascontiguousarray(rows).tobytes())
     return found.hexdigest()

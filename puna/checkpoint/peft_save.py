@@ -25,7 +25,7 @@ _PLAIN_NAME = frozenset({"lora_magnitude_vector"})  # in files it has no ".weigh
 
 
 def write_adapter(
-    directory: Path,
+    directory: Path | None,
     adapters: Mapping[str, Adapter],
     modules: Collection[str],
     *,
@@ -35,7 +35,7 @@ def write_adapter(
     """Write `adapter_config.json` and `adapter_model.safetensors`; each file is there whole or not.
 
     Args:
-        directory: where to; it is made.
+        directory: where to; it is made. None writes nothing, as in `write_safetensors`.
         adapters: the adapter's part beside each matrix, under names such as
             `model.layers.0.self_attn.q_proj`.
         modules: the names of all matrices that could have had one.
@@ -54,6 +54,9 @@ def write_adapter(
         for part, variable in adapter.variables().items():
             name = f"{PREFIX}{module}.{part}{'' if part in _PLAIN_NAME else '.weight'}"
             specs.append(TensorSpec(name, tuple(variable.shape), np.float32, _reader(variable)))
+    if directory is None:
+        write_safetensors(None, specs)
+        return
     try:
         directory.mkdir(parents=True, exist_ok=True)
         write_safetensors(directory / WEIGHTS[0], specs)

@@ -77,7 +77,7 @@ TensorToWrite: TypeAlias = tuple[str, tuple[int, ...], DTypeLike, Callable[[], n
 
 
 def write_safetensors(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | None,
     tensors: Iterable[TensorToWrite],
     metadata: Mapping[str, str] = _METADATA,
 ) -> None:
@@ -87,7 +87,9 @@ def write_safetensors(
     begin at a multiple of 64 bytes.
 
     Args:
-        path: the file; one that is there is replaced, and its mappings stay valid.
+        path: the file; one that is there is replaced, and its mappings stay valid. None writes
+            nothing, and asks for the arrays in the same order: where several processes make them
+            together, and one of them writes.
         tensors: name, shape, dtype and a function that gives the array, for each tensor.
         metadata: strings for the header; transformers wants `{"format": "pt"}`.
 
@@ -97,9 +99,12 @@ def write_safetensors(
 
     Source: https://github.com/huggingface/safetensors#format
     """
-    path = Path(path)
-    with _replacing([path]) as [temporary]:
-        _write(temporary, [TensorSpec(*tensor) for tensor in tensors], metadata)
+    specs = [TensorSpec(*tensor) for tensor in tensors]
+    if path is None:
+        _make([specs])
+        return
+    with _replacing([Path(path)]) as [temporary]:
+        _write(temporary, specs, metadata)
 
 
 def plan_shards(
@@ -122,7 +127,7 @@ def plan_shards(
 
 
 def write_sharded(
-    directory: str | os.PathLike[str],
+    directory: str | os.PathLike[str] | None,
     tensors: Iterable[TensorToWrite],
     max_shard_bytes: int = MAX_SHARD_SIZE,
     metadata: Mapping[str, str] = _METADATA,
@@ -133,7 +138,7 @@ def write_sharded(
     the directory go then, since a reader would prefer or mix them.
 
     Args:
-        directory: where to; made if it is not there.
+        directory: where to; made if it is not there. None is as for `write_safetensors`.
         tensors: as for `write_safetensors`.
         max_shard_bytes: bytes of data at most in one file.
         metadata: strings for each header.
@@ -144,9 +149,12 @@ def write_sharded(
     Raises:
         PresetError: as `write_safetensors` raises.
     """
+    shards = plan_shards(tensors, max_shard_bytes)
+    if directory is None:
+        _make(shards)
+        return []
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    shards = plan_shards(tensors, max_shard_bytes)
     specs = [spec for shard in shards for spec in shard]
     _check_specs(specs)
     if len(shards) == 1:
@@ -204,9 +212,7 @@ def _check_specs(specs: Sequence[TensorSpec]) -> None:
 def _write(path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> None:
     """Write one file under its temporary name."""
     _check_specs(specs)
-    # The format allows no holes, so order makes the alignment: first what is a multiple of 64
-    # long, then of 32, and so on. Each tensor then starts at least as aligned as it is long.
-    specs = sorted(specs, key=lambda spec: -min(spec.nbytes & -spec.nbytes or 64, ALIGNMENT))
+    specs = _ordered(specs)
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for spec in specs:
@@ -223,6 +229,22 @@ def _write(path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str])
         for spec in specs:
             file.write(_raw_bytes(spec).data)
         _sync(file)
+
+
+def _ordered(specs: Sequence[TensorSpec]) -> list[TensorSpec]:
+    """Tensors as they come in a file.
+
+    The format allows no holes, so order makes the alignment: first what is a multiple of 64 long,
+    then of 32, and so on. Each tensor then starts at least as aligned as it is long.
+    """
+    return sorted(specs, key=lambda spec: -min(spec.nbytes & -spec.nbytes or 64, ALIGNMENT))
+
+
+def _make(shards: Sequence[Sequence[TensorSpec]]) -> None:
+    """Ask for all arrays as `_write` does, and keep none."""
+    for shard in shards:
+        for spec in _ordered(shard):
+            spec.data()
 
 
 def _raw_bytes(spec: TensorSpec) -> np.ndarray:

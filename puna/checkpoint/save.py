@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from puna import backend
+from puna.backend import hosts
 from puna.backend.memory import numpy_dtype
 from puna.checkpoint import compressed_tensors, packed_files
 from puna.checkpoint.model_card import ModelCard, write_card
@@ -47,7 +48,7 @@ def save_directory(
 
     The files are written beside and put in place together: a save that fails leaves what was there
     as it was. A directory that exists keeps the files that are not of a checkpoint, and a README.md
-    that is not ours.
+    that is not ours. Of several processes the first writes, and the others wait until all is there.
 
     Args:
         directory: where to.
@@ -65,6 +66,7 @@ def save_directory(
 
     Raises:
         PresetError: the directory cannot be written.
+        HostError: another process has failed, or could not write it.
     """
     quantized = quantized or {}
     owners = _owners(quantized)
@@ -76,6 +78,8 @@ def save_directory(
     schemes = {name: matrix.scheme for name, matrix in quantized.items()}
     with replacement(directory) as work:
         write_sharded(work, specs, max_shard_size)
+        if work is None:
+            return
         if tokenizer is not None:
             tokenizer.save(work)
         # The configuration's own dtype is of the files that it was read from, if any.
@@ -140,8 +144,21 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def replacement(directory: Path) -> Iterator[Path]:
-    """A scratch directory that takes the place of `directory` when the scope ends well."""
+def replacement(directory: Path) -> Iterator[Path | None]:
+    """A scratch directory that takes the place of `directory` when the scope ends well.
+
+    Of several processes the first has it; the others get None, and leave the scope with the first.
+    """
+    with hosts.together():
+        if hosts.is_first():
+            with _replacement(directory) as work:
+                yield work
+        else:
+            yield None
+
+
+@contextlib.contextmanager
+def _replacement(directory: Path) -> Iterator[Path]:
     directory = directory.expanduser().absolute()
     if directory.exists() and not directory.is_dir():
         raise PresetError(f"{directory} is a file; expected a directory to save into")

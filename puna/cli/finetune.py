@@ -19,6 +19,7 @@ EXAMPLES = (
     "puna finetune --preset llama3.2_instruct_1b --data train.jsonl --quantization int4 "
     "--packing --out ./pirate",
     "puna finetune --config run.yaml --learning-rate 1e-4",
+    "python -m puna.launch --processes 2 -m puna finetune --hosts --mesh 2x4 --config run.yaml",
 )
 
 _KNOWN = settings_of(FinetuneSettings)
@@ -82,6 +83,14 @@ def finetune(
         bool,
         typer.Option("--restart", help="Begin anew, and delete what an earlier run left in --out."),
     ] = False,
+    hosts: Annotated[
+        bool,
+        typer.Option(
+            "--hosts",
+            help="This is one of several processes that train together, started by python -m "
+            "puna.launch, SLURM, Kubernetes or a TPU pod; see docs/hosts.md.",
+        ),
+    ] = False,
     flags: Flags,  # type: ignore[valid-type]
 ) -> None:
     """Fine-tune a preset on rows of text: chats, prompts with completions, plain texts.
@@ -96,14 +105,21 @@ def finetune(
     except ConfigError as error:
         raise typer.BadParameter(str(error)) from None
 
+    from puna import distribution
     from puna.runs import finetune as run
     from puna.runs.report import summary
+
+    if hosts:
+        distribution.initialize()
 
     try:
         finished = run(settings, restart=restart)
     except StoppedError as error:
-        terminal.note(str(error))
+        if distribution.is_first_process():
+            terminal.note(str(error))
         raise typer.Exit(130) from None
+    if not distribution.is_first_process():
+        return
     print("\n".join(summary(finished)), file=sys.stderr)
     print(finished.directory)
 

@@ -9,6 +9,7 @@ import numpy as np
 from keras import ops
 
 from puna import backend
+from puna.backend import hosts
 from puna.backend.protocol import Tensor
 from puna.decoding import ladder
 from puna.errors import ConfigError
@@ -29,7 +30,7 @@ class UniformNumbers:
 
     def __init__(self, seed: int | Sequence[int] | None, rows: int):
         if seed is None:
-            seed = int(np.random.randint(2**31))
+            seed = hosts.told(int(np.random.randint(2**31)))
         if isinstance(seed, int | np.integer):
             keys = [(int(seed), row) for row in range(rows)]
         else:

@@ -15,6 +15,7 @@ import numpy as np
 from keras import ops
 
 from puna import backend
+from puna.backend import hosts
 from puna.decoding import ladder
 from puna.decoding.choose import Changes, Settings, UniformNumbers
 from puna.decoding.programs import Made, Programs, Rows, StepModel, Wanted
@@ -338,7 +339,10 @@ class Decoding(Iterator[Step]):
             self._steps.append(Step(tokens_B, active_B, logprobs_B, best_BN, best_logprobs_BN))
         now = time.perf_counter()
         each = (now - self._read_at) / count
-        self._pace = int(np.clip(_PATIENCE / max(each, 1e-6), 1, backend.ops.TOKENS_PER_CALL))
+        most = backend.ops.TOKENS_PER_CALL
+        # Several processes have to go the same pace, whatever time it takes each of them.
+        is_alone = hosts.count() == 1
+        self._pace = int(np.clip(_PATIENCE / max(each, 1e-6), 1, most)) if is_alone else most
         self._read_at = now
 
 

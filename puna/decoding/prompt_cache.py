@@ -102,7 +102,7 @@ class PromptCache:
         dtype = _dtype(self.model.compute_dtype)
 
         def live(array_BKSH: Tensor) -> Callable[[], np.ndarray]:
-            return lambda: ops.convert_to_numpy(array_BKSH[:, :, :length]).astype(dtype)
+            return lambda: backend.ops.gathered(array_BKSH[:, :, :length]).astype(dtype)
 
         tensors = [TensorSpec("token_ids", (length,), np.int32, lambda: self.token_ids)]
         for name, array_BKSH in _named(self.cache).items():

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from puna import backend
+from puna.backend import hosts
 from puna.checkpoint import hub
 from puna.checkpoint.model_card import write_card
 from puna.checkpoint.peft import PeftAdapter
@@ -67,7 +69,7 @@ def _assign(model: Adaptable, adapter: PeftAdapter, name: str) -> None:
     for module, tensors in adapter.modules.items():
         variables = model.linears()[module].adapters[name].variables()
         for role, tensor in tensors.items():
-            variables[_PARTS[role]].assign(adapter.read(tensor))
+            backend.ops.assign(variables[_PARTS[role]], adapter.read(tensor))
 
 
 def _settings(model: Adaptable, adapter: PeftAdapter) -> dict[str, LoraSettings]:
@@ -112,7 +114,7 @@ def _settings(model: Adaptable, adapter: PeftAdapter) -> dict[str, LoraSettings]
 def save_adapter(
     model: Adaptable, directory: str | os.PathLike[str], name: str | None, base: str | None
 ) -> None:
-    """See `Adaptable.save_adapter`."""
+    """See `Adaptable.save_adapter`; of several processes the first writes."""
     name = named_adapter(model, name)
     found = {
         module: layer.adapters[name]
@@ -120,19 +122,22 @@ def save_adapter(
         if name in layer.adapters
     }
     known, revision = model.preset or (None, None)
-    write_adapter(
-        Path(directory).expanduser(),
-        found,
-        [*model.linears()],
-        base=base or known,
-        revision=revision if base is None else None,
-    )
+    with hosts.together():
+        write_adapter(
+            Path(directory).expanduser() if hosts.is_first() else None,
+            found,
+            [*model.linears()],
+            base=base or known,
+            revision=revision if base is None else None,
+        )
 
 
 def save_adapter_preset(model: Llama3CausalLM, directory: str | os.PathLike[str]) -> None:
     """Write the adapter in use with the tokenizer, in the place of what was saved there before."""
     with replacement(Path(directory)) as work:
-        save_adapter(model, work, None, None)
+        save_adapter(model, work or directory, None, None)
+        if work is None:
+            return
         tokenizer = None if model.preprocessor is None else model.preprocessor.tokenizer
         if tokenizer is not None:
             tokenizer.save(work)

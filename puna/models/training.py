@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import keras
-from keras import ops
+from keras import ops, tree  # pyright: ignore
 
 from puna import backend, samplers
-from puna.backend import build
+from puna.backend import build, hosts
 from puna.backend.even_batches import EvenBatches, evened, real_rows
 from puna.backend.protocol import Tensor
 from puna.backend.step_loss import counting_rows, weigh_by_rows
@@ -180,6 +180,14 @@ class Trainable:
         """As `train_step`."""
         with self._stepping(arguments[-1]):
             return super().test_step(*arguments)  # type: ignore[misc]
+
+    def predict_step(self, *arguments: Any) -> Any:
+        """Keras's; of several processes each gets what all of them have made."""
+        found = super().predict_step(*arguments)  # type: ignore[misc]
+        if hosts.count() == 1:
+            return found
+        outputs, others = found
+        return tree.map_structure(backend.ops.whole_logits, outputs), others
 
     def compute_loss(
         self,

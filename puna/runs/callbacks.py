@@ -12,6 +12,7 @@ from typing import Any
 import keras
 
 from puna import backend
+from puna.backend import hosts
 from puna.backend.step_loss import STEP_LOSS
 from puna.backend.step_seed import seed_step
 from puna.chat import ChatState
@@ -157,7 +158,10 @@ class Recorder(keras.callbacks.Callback):
         is_last = state.step == self._total
         if self._is_time(self._settings.eval_every or len(self._batches)):
             self._look(logs)
+        self._stop.agree()
         if is_last or state.ended or self._stop.asked:
+            self._trained.stop_training = True
+        if hosts.any_of(self._trained.stop_training):  # other callbacks may have decided it
             self._trained.stop_training = True
         if self._trained.stop_training or self._is_time(self._settings.save_every):
             self.save()
@@ -207,7 +211,8 @@ class Recorder(keras.callbacks.Callback):
             "seconds": round(seconds, 4),
             "peak_memory": peak_memory(),
         }
-        self._folder.metrics.add(line)
+        if hosts.is_first():
+            self._folder.metrics.add(line)
         self._display.step(line)
         logs |= {n: line[n] for n in ("step", "learning_rate", "tokens", "tokens_per_second")}
 
@@ -227,20 +232,20 @@ class Recorder(keras.callbacks.Callback):
         begun = time.perf_counter()
         loss = float(model.evaluate(held_out, verbose=0, return_dict=True)["loss"])
         for variable, value in kept:
-            variable.assign(value)
+            backend.ops.assign(variable, value)
         state.eval_loss, self._has_measured = loss, True
         is_best = state.best_loss is None or loss < state.best_loss
         state.waited = 0 if is_best else state.waited + 1
         if is_best:
             state.best_loss, state.best_step = loss, state.step
-        self._folder.metrics.add(
-            {
-                "step": state.step,
-                "epoch": round(state.step / len(self._batches), 4),
-                "eval_loss": loss,
-                "seconds": round(time.perf_counter() - begun, 4),
-            }
-        )
+        line = {
+            "step": state.step,
+            "epoch": round(state.step / len(self._batches), 4),
+            "eval_loss": loss,
+            "seconds": round(time.perf_counter() - begun, 4),
+        }
+        if hosts.is_first():
+            self._folder.metrics.add(line)
         self._display.say(f"step {state.step}/{self._total}: held-out loss {loss:.4f}", "bold")
         patience = self._settings.early_stopping
         if patience is not None:
@@ -264,5 +269,7 @@ class Recorder(keras.callbacks.Callback):
                 text = model.generate(
                     prompt, max_new_tokens=most, sampler="greedy", strip_prompt=True
                 )
-            self._folder.samples.add({"step": self._state.step, "prompt": prompt, "text": text})
+            if hosts.is_first():
+                line = {"step": self._state.step, "prompt": prompt, "text": text}
+                self._folder.samples.add(line)
             self._display.say(f"> {prompt}\n{text}", "dim")

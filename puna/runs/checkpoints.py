@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from puna import backend
+from puna.backend import hosts
+from puna.backend.memory import numpy_dtype
 from puna.checkpoint.json_file import read_json
 from puna.checkpoint.safetensors import SafetensorsSource, TensorSpec, write_safetensors
 from puna.errors import PresetError
@@ -53,24 +55,35 @@ class Checkpoints:
     def save(self, model: Any, state: Mapping[str, Any]) -> Path:
         """Write a checkpoint, unless there is one of this step.
 
+        Of several processes the first writes, and the others wait until it is there.
+
         Args:
             model: a compiled causal LM whose optimizer is built.
             state: what goes into `state.json`; its `step` names the checkpoint.
 
         Raises:
             PresetError: it cannot be written; what was there before stays.
+            HostError: another process has failed, or could not write it.
         """
         target = self.at(state["step"])
-        if target.exists():
-            return target
+        if not hosts.told(target.exists()):
+            with hosts.together():
+                self._write(model, state, target)
+        return target
+
+    def _write(self, model: Any, state: Mapping[str, Any], target: Path) -> None:
         work = target.with_name(f".{target.name}.{os.getpid()}.new")
+        is_first = hosts.is_first()
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            if is_first:
+                self.directory.mkdir(parents=True, exist_ok=True)
             if model.adapters():
                 model.save_adapter(work)
             else:
                 model.save_to_preset(work)
-            write_safetensors(work / TRAINING, _to_write(model))
+            write_safetensors(work / TRAINING if is_first else None, _to_write(model))
+            if not is_first:
+                return
             (work / STATE).write_text(json.dumps(dict(state), indent=2) + "\n", encoding="utf-8")
             _sync(work / STATE)
             _sync(work)
@@ -82,8 +95,8 @@ class Checkpoints:
                 "before it are unchanged: make room, and start the run again to go on"
             ) from error
         finally:
-            shutil.rmtree(work, ignore_errors=True)
-        return target
+            if is_first:
+                shutil.rmtree(work, ignore_errors=True)
 
     def prune(self, keep: int, also: int | None = None) -> None:
         """Delete all but the newest.
@@ -92,6 +105,8 @@ class Checkpoints:
             keep: how many stay.
             also: the step whose checkpoint stays too.
         """
+        if not hosts.is_first():
+            return
         found = self.all()
         for step in [*found][:-keep]:
             if step != also:
@@ -161,9 +176,10 @@ def restore_weights(model: Any, checkpoint: Path) -> None:
 
 
 def _to_write(model: Any) -> list[TensorSpec]:
-    arrays = {name: backend.ops.to_numpy(v) for name, v in _training_variables(model).items()}
-    # Views of variables, which do not change before they are written.
-    return [TensorSpec(n, a.shape, a.dtype, lambda a=a: a) for n, a in arrays.items()]
+    return [
+        TensorSpec(name, tuple(v.shape), numpy_dtype(v._dtype), lambda v=v: backend.ops.to_numpy(v))
+        for name, v in _training_variables(model).items()
+    ]
 
 
 def _training_variables(model: Any) -> dict[str, Any]:

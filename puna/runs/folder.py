@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from puna.backend import hosts
 from puna.checkpoint.json_file import read_json
 from puna.errors import RunError
 from puna.runs.checkpoints import Checkpoints
@@ -33,7 +34,7 @@ _OURS = (
 
 
 class RunFolder:
-    """The directory of a run.
+    """The directory of a run; of several processes the first writes to it.
 
     Args:
         settings: the run's; their `out` says where.
@@ -67,7 +68,16 @@ class RunFolder:
         Raises:
             RunError: it holds something else, or a run with other settings, or another process is
                 at it.
+            HostError: so it was in the first process.
         """
+        with contextlib.ExitStack() as stack:
+            with hosts.together():
+                if hosts.is_first():
+                    stack.enter_context(self._claimed(restart))
+            yield
+
+    @contextlib.contextmanager
+    def _claimed(self, restart: bool) -> Iterator[None]:
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             lock = (self.root / ".lock").open("w")
@@ -91,7 +101,7 @@ class RunFolder:
     @property
     def is_finished(self) -> bool:
         """Whether the run has come to its end."""
-        return self.report.exists()
+        return hosts.told(self.report.exists())
 
     def identify(self, facts: Mapping[str, Any]) -> None:
         """Keep what the run is about, or see that it is still the same.
@@ -101,7 +111,14 @@ class RunFolder:
 
         Raises:
             RunError: something is not the same.
+            HostError: it is not the same in all processes.
         """
+        hosts.check_same("what the run is about", {**facts, **self._settings.to_dict()})
+        with hosts.together():
+            if hosts.is_first():
+                self._identify(facts)
+
+    def _identify(self, facts: Mapping[str, Any]) -> None:
         before: dict[str, Any] = {}
         self.identity = secrets.token_hex(4)
         if self._file.exists():

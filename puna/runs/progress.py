@@ -13,15 +13,22 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
+from puna.backend import hosts
+
 _RECENT = 20  # steps by which the time left is reckoned
 _PAUSE = 10.0  # seconds between two lines, where there is no terminal
 
 
 class ProgressDisplay:
-    """A line that changes at a terminal; elsewhere a line now and then."""
+    """A line that changes at a terminal; elsewhere a line now and then.
+
+    Of several processes the first shows it.
+    """
 
     def __init__(self) -> None:
-        self._console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+        self._console = Console(
+            file=sys.stderr, highlight=False, soft_wrap=True, quiet=not hosts.is_first()
+        )
         self._seconds: deque[float] = deque(maxlen=_RECENT)
         self._last_line = 0.0
         self._total = 0

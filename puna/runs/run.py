@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import keras
 
+from puna import distribution
+from puna.backend import hosts
 from puna.backend.step_loss import tell_step_loss
 from puna.checkpoint.fingerprint import fingerprint
 from puna.checkpoint.json_file import read_json
-from puna.errors import StoppedError
+from puna.errors import ConfigError, StoppedError
 from puna.models import CausalLM
 from puna.models.presets import open_preset
 from puna.runs import checkpoints, curve, data
@@ -81,21 +84,24 @@ class Run:
 
     def go(self) -> Finished:
         """Train, and write what is to be left; or go on with it."""
-        folder, display = self._folder, ProgressDisplay()
-        with folder.claimed(self._restart):
-            rows = data.read(self._settings)
-            facts = {"backend": keras.backend.backend(), "data": data.digests(self._settings)}
-            if folder.is_finished:
-                folder.identify(facts)
-                return Finished(folder.result, read_json(folder.report))
-            with display.waiting(f"Loading {self._settings.preset}"):
-                model = _load(self._settings)
-            folder.identify(facts | {"weights": fingerprint(model.config, model.tensors())})
-            with display.waiting("Reading the rows"):
-                parts = self._prepared(model, *rows)
-            state = self._state(model)
-            self._train(parts, state, display)
-            return self._finish(parts, state, display)
+        with _devices(self._settings), hosts.together(), self._folder.claimed(self._restart):
+            return self._go(self._folder, ProgressDisplay())
+
+    def _go(self, folder: RunFolder, display: ProgressDisplay) -> Finished:
+        rows = data.read(self._settings)
+        facts = {"backend": keras.backend.backend(), "data": data.digests(self._settings)}
+        if folder.is_finished:
+            folder.identify(facts)
+            told: Any = read_json(folder.report) if hosts.is_first() else None
+            return Finished(folder.result, hosts.told(told))
+        with display.waiting(f"Loading {self._settings.preset}"):
+            model = _load(self._settings)
+        folder.identify(facts | {"weights": fingerprint(model.config, model.tensors())})
+        with display.waiting("Reading the rows"):
+            parts = self._prepared(model, *rows)
+        state = self._state(model)
+        self._train(parts, state, display)
+        return self._finish(parts, state, display)
 
     def _prepared(self, model: Any, rows: TextData, held_out_rows: TextData | None) -> _Parts:
         """The model with its adapter, compiled, and the batches."""
@@ -139,11 +145,14 @@ class Run:
         """Where the run is: at its beginning, or at its newest checkpoint."""
         folder, state = self._folder, RunState()
         newest = folder.checkpoints.latest()
-        if newest is not None:
-            state = RunState(**checkpoints.read_state(newest))
-            checkpoints.restore(model, newest)
-        for file in (folder.metrics, folder.samples):
-            file.cut(after=state.step if newest is not None else -1)
+        found = None if newest is None else (str(newest), checkpoints.read_state(newest))
+        found = hosts.told(found)  # as the first process finds it
+        if found is not None:
+            state = RunState(**found[1])
+            checkpoints.restore(model, Path(found[0]))
+        if hosts.is_first():
+            for file in (folder.metrics, folder.samples):
+                file.cut(after=state.step if found is not None else -1)
         return state
 
     def _train(self, parts: _Parts, state: RunState, display: ProgressDisplay) -> None:
@@ -162,7 +171,8 @@ class Run:
             stop=self._stop,
         )
         epochs = math.ceil(parts.total / len(batches))
-        everyone = [recorder, *trackers(settings, self._folder), *self._callbacks]
+        told = trackers(settings, self._folder) if hosts.is_first() else []
+        everyone = [recorder, *told, *self._callbacks]
         callbacks = OneTraining(everyone, model, epochs, len(batches))
         _introduce(parts, state, display)
         display.begin(parts.total)
@@ -170,6 +180,7 @@ class Run:
             with self._stop.listening():
                 if state.step == 0:
                     recorder.begin()
+                self._stop.agree()
                 while state.step < parts.total and not state.ended:
                     if self._stop.asked:
                         raise self._stopped(state)
@@ -204,22 +215,41 @@ class Run:
         settings, folder, model = self._settings, self._folder, parts.model
         if settings.early_stopping and state.best_step not in (None, state.step):
             checkpoints.restore_weights(model, folder.checkpoints.at(state.best_step))
-        lines = folder.metrics.read()
-        if curve.can_draw():
-            curve.draw(lines, folder.curve)
-        else:
-            display.say("no loss.png: matplotlib is not installed; pip install 'puna[train]'")
-        told = report(settings, folder, parts, state, lines)
+        told: Any = None
+        if hosts.is_first():
+            lines = folder.metrics.read()
+            if curve.can_draw():
+                curve.draw(lines, folder.curve)
+            else:
+                display.say("no loss.png: matplotlib is not installed; pip install 'puna[train]'")
+            told = report(settings, folder, parts, state, lines)
+        told = hosts.told(told)
         model.card = card_of(model.card, told)
         if settings.trains_all:
             model.save_to_preset(folder.result)
         else:
             wanted = "only" if settings.save == "adapter" else "merged"
             model.save_to_preset(folder.result, adapter=wanted)
-        if told["curve"]:
-            shutil.copy(folder.curve, folder.result / folder.curve.name)
-        write_json(folder.report, told)
+        if hosts.is_first():
+            if told["curve"]:
+                shutil.copy(folder.curve, folder.result / folder.curve.name)
+            write_json(folder.report, told)
         return Finished(folder.result, told, model)
+
+
+@contextlib.contextmanager
+def _devices(settings: FinetuneSettings) -> Iterator[None]:
+    """A scope in which a run computes on the devices that it is told."""
+    if settings.mesh_shape is not None:
+        with distribution.on_mesh(settings.mesh_shape):
+            yield
+    elif hosts.count() < hosts.processes():
+        raise ConfigError(
+            f"there are {hosts.processes()} processes and no mesh, so each would train by itself; "
+            "give --mesh, such as 2x4: devices for sequences, and for weights"
+        )
+    else:
+        yield
 
 
 def _load(settings: FinetuneSettings) -> Any:

@@ -6,6 +6,7 @@ Nothing here imports Keras, so that the command line can show its help at once.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -258,6 +259,17 @@ class FinetuneSettings:
         ),
     ] = 0
 
+    mesh: Annotated[
+        str | None,
+        Flag(
+            help="Train on several devices (JAX): 2x4 are 2 groups that share out the sequences of "
+            "a step, of 4 devices each that share out the weights.",
+            panel=_TRAINING,
+            metavar="NxM",
+            affects=False,
+        ),
+    ] = None
+
     # Watching
 
     eval_every: Annotated[
@@ -328,6 +340,8 @@ class FinetuneSettings:
     ] = ()
 
     def __post_init__(self) -> None:
+        if isinstance(self.mesh, tuple | list):  # as `from_preset` takes it
+            object.__setattr__(self, "mesh", "x".join(map(str, self.mesh)))
         for name, setting in settings_of(type(self)).items():
             object.__setattr__(self, name, setting.checked(getattr(self, name)))
         for fault in self._faults():
@@ -337,6 +351,14 @@ class FinetuneSettings:
     def rate(self) -> float:
         """The highest learning rate."""
         return _RATES[self.method] if self.learning_rate is None else self.learning_rate
+
+    @property
+    def mesh_shape(self) -> tuple[int, int] | None:
+        """How many devices share out the sequences, and how many the weights."""
+        if self.mesh is None:
+            return None
+        rows, weights = self.mesh.split("x")
+        return int(rows), int(weights)
 
     @property
     def trains_all(self) -> bool:
@@ -394,6 +416,11 @@ class FinetuneSettings:
         """What contradicts itself, in sentences."""
         if not self.data:
             yield "data names no file; expected one at the least"
+        if self.mesh is not None and not re.fullmatch(r"[1-9]\d*x[1-9]\d*", self.mesh):
+            yield (
+                f"mesh is {self.mesh!r:.80}; expected the devices that share out the sequences and "
+                "those that share out the weights, such as 2x4"
+            )
         if self.eval_data and self.eval_share:
             yield "eval_data and eval_share were both given; expected one of them"
         if self.epochs and self.max_steps:

@@ -9,14 +9,24 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+from puna.backend import hosts
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stop:
-    """Whether somebody wants the run to end."""
+    """Whether somebody wants the run to end.
+
+    Attributes:
+        asked: so it is; of several processes all know it after the same step.
+    """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked = self._has_heard = False
+
+    def agree(self) -> None:
+        """At the end of a step: whether anybody has heard a signal, in any process."""
+        self.asked = hosts.any_of(self._has_heard)
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -36,9 +46,9 @@ class Stop:
 
     def _heard(self, number: int, frame: Any) -> None:
         del number, frame
-        if self.asked:
+        if self._has_heard:
             raise KeyboardInterrupt
-        self.asked = True
+        self._has_heard = True
         sys.stderr.write(
             "\nStopping after this step; once more to leave at once, and lose the steps since the "
             "last checkpoint.\n"

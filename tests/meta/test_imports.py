@@ -14,6 +14,7 @@ ORDER = [
     "machine",
     "rope",
     "config",
+    "layout_rules",
     "samplers",
     "backend",
     "quantization",
@@ -28,6 +29,7 @@ ORDER = [
     "runs",
     "testing",
     "cli",
+    "launch",
     "__main__",
 ]
 

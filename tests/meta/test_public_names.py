@@ -11,6 +11,7 @@ PUBLIC = [
     "FinetuneSettings",
     "LlamaConfig",
     "__version__",
+    "distribution",
     "finetune",
     "load_model",
     "models",

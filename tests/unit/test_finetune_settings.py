@@ -56,6 +56,7 @@ OTHERS = {
     "weight_decay": 0.01,
     "clip_norm": 0.5,
     "seed": 11,
+    "mesh": "2x4",
     "eval_every": 13,
     "early_stopping": 2,
     "sample_prompts": ["Hello", "Who are you?"],
@@ -116,7 +117,7 @@ def one(name):
 
 def test_every_setting_is_a_flag_and_nothing_else_is():
     given = inspect.signature(with_groups(verb.finetune)).parameters
-    assert [*given] == ["config", "restart", *KNOWN]
+    assert [*given] == ["config", "restart", "hosts", *KNOWN]
     assert [*OTHERS] == [*KNOWN]
 
 
@@ -195,6 +196,8 @@ def test_settings_import_nothing_heavy():
         ({"early_stopping": 1}, "early_stopping needs rows"),
         ({"eval_every": 1}, "eval_every was given and there is nothing to do"),
         ({"save": "merged", "quantization": "int4"}, "nothing can be merged"),
+        ({"mesh": "2,4"}, "mesh is '2,4'; expected the devices that share out the sequences"),
+        ({"mesh": "0x4"}, "mesh is '0x4'; expected the devices"),
         ({"method": "full", "rank": 4}, "rank is a setting of adapters"),
         ({"method": "full", "quantization": "int8"}, "quantization is a setting of adapters"),
     ],
@@ -251,6 +254,13 @@ def test_help_has_every_flag_and_examples(monkeypatch):
     result = puna_finetune("--help")
     assert "  puna finetune --preset" in result.stdout
     assert all(setting.option in result.stdout for setting in KNOWN.values())
+
+
+def test_a_mesh_is_a_text_or_two_numbers():
+    settings = FinetuneSettings(**NEEDED, mesh=(2, 4))
+    assert settings == FinetuneSettings(**NEEDED, mesh="2x4")
+    assert settings.mesh_shape == (2, 4)
+    assert FinetuneSettings(**NEEDED).mesh_shape is None
 
 
 # Runs that are alike
