@@ -37,13 +37,11 @@ class Processes:
         self._printing = threading.Lock()
         self._readers: list[threading.Thread] = []
         self._processes: list[subprocess.Popen[str]] = []
-        with socket.socket() as found:
-            found.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{found.getsockname()[1]}"
+        address = free_address()
         for index in range(count):
             process = subprocess.Popen(
                 command,
-                env=_environment(address, count, index, cpu_devices),
+                env=environment(address, count, index, cpu_devices),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -120,7 +118,24 @@ def _how(status: int) -> str:
         return f"was ended by signal {-status}"
 
 
-def _environment(address: str, count: int, index: int, cpu_devices: int | None) -> dict[str, str]:
+def free_address() -> str:
+    """An address of this machine at which process 0 can be reached by the others."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{found.getsockname()[1]}"
+
+
+def environment(
+    address: str, count: int, index: int, cpu_devices: int | None = None
+) -> dict[str, str]:
+    """The environment of one of the processes, for `puna.distribution.initialize`.
+
+    Args:
+        address: of process 0.
+        count: how many processes there are.
+        index: which of them it is.
+        cpu_devices: how many devices it makes of its CPU; None leaves devices as they are.
+    """
     found = os.environ | {
         "KERAS_BACKEND": "jax",
         "KERAS_DISTRIBUTION_JOB_ADDRESSES": address,
