@@ -8,6 +8,12 @@ It takes as many devices as the mesh has. To try it on a CPU:
     XLA_FLAGS=--xla_force_host_platform_device_count=8 python examples/model_parallel.py \
         --preset hf://HuggingFaceTB/SmolLM2-135M-Instruct
 
+Or two processes of four devices each, as on two hosts (docs/hosts.md has the launch lines of SLURM,
+Kubernetes and TPU pods):
+
+    python -m puna.launch --processes 2 --cpu-devices 4 examples/model_parallel.py --hosts \
+        --preset hf://HuggingFaceTB/SmolLM2-135M-Instruct
+
 The article: https://huggingface.co/blog/keras-llama-32
 """
 
@@ -84,11 +90,12 @@ def shard_shape(variable: keras.Variable) -> tuple[int, ...]:
 
 
 def title(text: str) -> None:
-    print(f"\n== {text} ==", flush=True)
+    show(f"\n== {text} ==")
 
 
 def show(*values: object) -> None:
-    print(*values, flush=True)
+    if puna.distribution.is_first_process():
+        print(*values, flush=True)
 
 
 if __name__ == "__main__":
@@ -98,7 +105,10 @@ if __name__ == "__main__":
     parser.add_argument("--directory", default="pirate-llama", help="where to save")
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens of each answer")
     parser.add_argument("--rows", type=int, help="dialogues to learn from; default: all")
+    parser.add_argument("--hosts", action="store_true", help="this is one of several processes")
     arguments = parser.parse_args()
+    if arguments.hosts:
+        puna.distribution.initialize()
     batch, model_axis = map(int, arguments.mesh.split(","))
     main(
         arguments.preset,

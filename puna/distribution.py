@@ -75,7 +75,7 @@ def initialize(
     variables (`KERAS_DISTRIBUTION_JOB_ADDRESSES` and so on), which `python -m puna.launch` sets, or
     from SLURM, Kubernetes, MPI or the TPU pod, as JAX finds it. `keras.distribution.initialize`
     does the same, and leaves it at JAX's 100 seconds. All processes draw the same random numbers
-    from here on.
+    from here on, and the first alone shows warnings.
 
     Args:
         job_addresses: of process 0, such as "10.0.0.1:1234"; those of others may follow, after

@@ -48,7 +48,7 @@ def tiny_preset(folder: Path) -> Path:
 
 def parity() -> dict[str, Any]:
     """A plain model whose rows are shared out over the processes."""
-    return parities("plain", ((2, 4),))
+    return parities("plain", ((2, 4),), num_hidden_layers=1)
 
 
 def fitting() -> dict[str, Any]:

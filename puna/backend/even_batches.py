@@ -213,6 +213,8 @@ def evened(method: str, arguments: dict[str, Any]) -> dict[str, Any]:
         return arguments
     hosts.same_random_numbers()  # which shuffle the rows
     rest = dict(arguments)
+    if not hosts.is_first():
+        rest["verbose"] = 0
     if split := rest.pop("validation_split", 0.0):
         whole: Any = tuple(rest.pop(name, None) for name in _ARRAYS)
         whole, rest["validation_data"] = train_validation_split(whole, validation_split=split)

@@ -16,6 +16,7 @@ import json
 import os
 import random
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -85,6 +86,8 @@ def start(
             f"the processes could not be connected: {error}; call puna.distribution.initialize() "
             "before anything is computed, and see that process 0 can be reached"
         ) from error
+    if index():  # the first process says what all would
+        warnings.simplefilter("ignore", UserWarning)
     _leave_if_failed()
     given = rng_utils.get_random_seed()
     _seed(random.randint(1, 10**9) if given is None else given)

@@ -12,6 +12,7 @@ import keras
 import numpy as np
 from rich.console import Console
 
+from puna.backend import hosts
 from puna.backend.even_batches import EvenBatches
 from puna.errors import DataError, TokenizerError
 from puna.tuning.batches import Arrays, TokenBatches, arrays
@@ -118,7 +119,8 @@ class Preprocessed:
                 )
 
     def _tell(self, text: str, style: str = "yellow") -> None:
-        Console(file=sys.stderr).print(text, style=style, highlight=False)
+        quiet = not hosts.is_first()
+        Console(file=sys.stderr, quiet=quiet).print(text, style=style, highlight=False)
 
     def _named(self, converted: Any) -> dict[str, Any]:
         if not isinstance(converted, tuple):

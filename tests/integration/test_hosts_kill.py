@@ -90,7 +90,7 @@ def test_the_launcher_ends_the_others_and_the_run_goes_on_on_another_mesh(runs, 
 
 @pytest.mark.parametrize("index", range(PROCESSES))
 def test_without_the_launcher_the_others_end_by_themselves(runs, index):
-    settings, options, folder = runs
+    _, options, folder = runs
     root, address = folder / "killed", free_address()
     metrics, checkpoints = JsonLines(root / "metrics.jsonl"), Checkpoints(root / "checkpoints")
     command = [*FINETUNE, "--mesh", "1x8", *options, "--epochs", "400"]
@@ -98,7 +98,7 @@ def test_without_the_launcher_the_others_end_by_themselves(runs, index):
     wait_for_step(both[0], metrics, 5)
     both[index].kill()
     begun = time.monotonic()
-    _, errors = both[1 - index].communicate(timeout=SECONDS)
+    both[1 - index].communicate(timeout=SECONDS)
     print(f"ended {time.monotonic() - begun:.1f} s after process {index} was killed")
     assert both[1 - index].returncode != 0
     both[index].communicate()

@@ -7,6 +7,7 @@ import pytest
 from puna.errors import BackendError
 from puna.models import CausalLM, Llama3Backbone
 from puna.testing import write_tiny_preset
+from tests.hosts import LAUNCH
 from tests.meshes import MESHES, SHAPE, eight_devices, seen
 from tests.processes import ROOT, run
 
@@ -227,14 +228,19 @@ def test_a_token_gathers_no_weight_and_sums_twice_a_layer():
 
 
 @pytest.mark.slow
-def test_the_articles_section_runs(tmp_path):
-    preset = write_tiny_preset(tmp_path / "llama", **SHAPE, max_position_embeddings=512)
-    script = str(ROOT / "examples" / "model_parallel.py")
-    options = ["--directory", str(tmp_path / "pirate"), "--new-tokens", "4", "--rows", "5"]
-    done = run([script, "--preset", str(preset), *options], eight_devices())
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_articles_section_runs(tmp_path, processes):
+    shape = SHAPE | {"num_hidden_layers": 1, "max_position_embeddings": 512}
+    preset = write_tiny_preset(tmp_path / "llama", **shape)
+    script = [str(ROOT / "examples" / "model_parallel.py"), "--preset", str(preset)]
+    script += ["--directory", str(tmp_path / "pirate"), "--new-tokens", "4", "--rows", "4"]
+    both = [*LAUNCH, *script, "--hosts"]
+    done = run(script, eight_devices()) if processes == 1 else run(both)
     assert done.status == 0, done.err
     assert "Warning" not in done.err
-    parts = re.split(r"^== (.*) ==$", done.out, flags=re.MULTILINE)
+    assert "[1]" not in done.out  # the first process speaks for both
+    out = done.out.replace("[0] ", "")
+    parts = re.split(r"^== (.*) ==$", out, flags=re.MULTILINE)
     said = dict(zip(parts[1::2], (part.strip() for part in parts[2::2]), strict=True))
     first, own = said["The default layout map"], said["A layout map of one's own"]
     assert "o_proj (64, 64) of which a device has (64, 16)" in first

@@ -110,7 +110,7 @@ time.sleep({SECONDS})
     assert sorted(out.splitlines()) == [f"[{i}] heard {int(number)}" for i in (0, 1)]
 
 
-@pytest.mark.parametrize("arguments", [[], ["--processes", "0", "x.py"], ["--processes", "2"]])
+@pytest.mark.parametrize("arguments", [["--processes", "0", "x.py"], ["--processes", "2"]])
 def test_wrong_usage_is_told(arguments):
     done = run(["-m", "puna.launch", *arguments])
     assert done.status == 2
