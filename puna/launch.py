@@ -10,6 +10,7 @@ pod starts the processes; see `docs/hosts.md`. The program calls `puna.distribut
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import signal
 import socket
@@ -21,7 +22,8 @@ from collections.abc import Sequence
 from typing import IO
 
 _GRACE = 5.0  # seconds from SIGTERM to SIGKILL: without the others, none can do anything
-_NOISE = "[Gloo] Rank "  # how JAX's CPU collectives begin each connection, on standard output
+# What JAX's CPU collectives print of each connection; several of them at once, perhaps mixed up.
+_NOISE = ("[Gloo]", "peer ranks")
 
 
 class Processes:
@@ -48,8 +50,11 @@ class Processes:
                 text=True,
                 errors="replace",
                 start_new_session=True,  # Ctrl-C comes to all of them through us
+                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
             )
             self._processes.append(process)
+        # Only now, as a process with threads must not do anything between fork and exec.
+        for index, process in enumerate(self._processes):
             for source, target in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):
                 assert source is not None
                 reader = threading.Thread(target=self._copy, args=(index, source, target))
@@ -99,7 +104,7 @@ class Processes:
 
     def _copy(self, index: int, source: IO[str], target: IO[str]) -> None:
         for line in source:
-            if not line.startswith(_NOISE):
+            if not any(words in line for words in _NOISE):
                 with self._printing:
                     target.write(f"[{index}] {line.rstrip()}\n")
                     target.flush()
@@ -116,6 +121,11 @@ def _how(status: int) -> str:
         return f"was ended by {signal.Signals(-status).name}"
     except ValueError:
         return f"was ended by signal {-status}"
+
+
+def _end_with_parent() -> None:
+    """Have the system kill this process when the launcher is killed."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of linux/prctl.h
 
 
 def free_address() -> str:

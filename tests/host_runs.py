@@ -208,6 +208,15 @@ def saved(kinds: Sequence[str], meshes: Sequence[tuple[int, int]]) -> dict[str, 
             found[kind] = all(one == files[0] for one in files)
             found[f"{kind} files"] = len(files[0])
         (folder / "file").write_text("")
+        before = {p.name: p.read_bytes() for p in sorted(where.iterdir())}
+        for name, broken in (("disk full", 0), ("another broken", 1)):
+            with breaking(broken == hosts.index()):
+                try:
+                    model.save_to_preset(where)
+                except (PunaError, OSError) as error:
+                    found[name] = [type(error).__name__, str(error)]
+            after = {p.name: p.read_bytes() for p in sorted(where.iterdir())}
+            found[f"{name} unchanged"] = after == before
         for name, where in (("a file", folder / "file"), ("no directory", Path("/proc/none"))):
             try:
                 model.save_to_preset(where)
@@ -215,6 +224,26 @@ def saved(kinds: Sequence[str], meshes: Sequence[tuple[int, int]]) -> dict[str, 
                 found[name] = [type(error).__name__, str(error)]
     on(None)
     return found
+
+
+@contextlib.contextmanager
+def breaking(is_broken: bool) -> Iterator[None]:
+    """A scope in which the fifth tensor that a process makes for a file fails."""
+    from puna.backend import jax
+
+    made, to_numpy = [0], jax.to_numpy
+
+    def broken(variable: Any) -> Any:
+        made[0] += 1
+        if is_broken and made[0] == 5:
+            raise OSError(28, "No space left on device")
+        return to_numpy(variable)
+
+    jax.to_numpy = broken
+    try:
+        yield
+    finally:
+        jax.to_numpy = to_numpy
 
 
 def put(variable: Any) -> None:

@@ -73,6 +73,11 @@ def start(
             processes,
             process,
             heartbeat_timeout_seconds=heartbeat,
+            # Where all is said, there is nothing to be found out, nor a package of Kubernetes
+            # needed. Else SLURM says which GPU is this process's.
+            cluster_detection_method=None
+            if None in (addresses, processes, process)
+            else "deactivate",
         )
         jax.devices()  # finding them takes all processes; from here on one may compute by itself
     except ValueError as error:  # nothing tells where the others are

@@ -88,10 +88,15 @@ def check_saved(found, kinds):
 def test_what_is_saved_is_what_one_process_saves(quick):
     for process in quick:
         check_saved(process["saving"], ["lora"])
-    for case in ("a file", "no directory"):
+    for case in ("a file", "no directory", "disk full"):
         first, other = (process["saving"][case] for process in quick)
         assert first[0] == "PresetError"
         assert other == ["HostError", f"process 0 has failed: {first[1]}"]
+    first, _ = (process["saving"] for process in quick)
+    assert first["another broken"][0] == "HostError"
+    assert "process 1 has failed: [Errno 28] No space" in first["another broken"][1]
+    assert first["disk full unchanged"]
+    assert first["another broken unchanged"]
 
 
 @pytest.mark.soak

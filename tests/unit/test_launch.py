@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -32,12 +33,13 @@ def test_each_process_knows_the_others_and_says_which_one_speaks(launched):
     code = """
 for name in ("JOB_ADDRESSES", "NUM_PROCESSES", "PROCESS_ID"):
     print(os.environ[f"KERAS_DISTRIBUTION_{name}"])
-print("[Gloo] Rank 0 is connected")
+print("[Gloo] Rank [Gloo] Rank 0 is connected to 1\\n is connected to 1 peer ranks")
 print(*sys.argv[1:], file=sys.stderr)
 """
     done = launched(code, "--rows", "5")
     assert done.status == 0
-    lines = {i: [x[4:] for x in done.out.splitlines() if x.startswith(f"[{i}] ")] for i in (0, 1)}
+    said = done.out.splitlines()
+    lines = {i: [line[4:] for line in said if line.startswith(f"[{i}] ")] for i in (0, 1)}
     assert lines[0][0] == lines[1][0]
     assert lines[0][0].startswith("127.0.0.1:")
     assert [lines[0][1:], lines[1][1:]] == [["2", "0"], ["2", "1"]]
@@ -108,6 +110,34 @@ time.sleep({SECONDS})
     out, _ = process.communicate(timeout=SECONDS)
     assert process.returncode == 0
     assert sorted(out.splitlines()) == [f"[{i}] heard {int(number)}" for i in (0, 1)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of a parent's death")
+def test_none_outlives_a_launcher_that_is_killed(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(INDEX + f"print(os.getpid(), flush=True)\ntime.sleep({SECONDS})")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "puna.launch", "--processes", "2", str(program)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    pids = [int(process.stdout.readline()[4:]) for _ in range(2)]
+    process.kill()
+    process.communicate()
+    end = time.monotonic() + SECONDS / 2
+    while any(map(runs, pids)):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def runs(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except OSError:
+        return False
 
 
 @pytest.mark.parametrize("arguments", [["--processes", "0", "x.py"], ["--processes", "2"]])
