@@ -19,13 +19,15 @@ from tests.meshes import (
 )
 
 
-def parities(kind: str, meshes: tuple[tuple[int, int], ...], **changes: Any) -> dict[str, Any]:
+def parities(
+    kind: str, meshes: tuple[tuple[int, int], ...], fsdp: bool = False, **changes: Any
+) -> dict[str, Any]:
     """How far models on meshes are from one device."""
     on(None)
     wanted = done_by(model_of(kind, **changes))
     found = {}
     for mesh in meshes:
-        on(mesh)
+        on(mesh, fsdp)
         found[str(mesh)] = differences(done_by(model_of(kind, **changes)), wanted)
     on(None)
     return found
@@ -54,6 +56,11 @@ def parity_int8() -> dict[str, Any]:
 def parity_int4() -> dict[str, Any]:
     """With DoRA beside int4."""
     return parities("int4 lora dora", MESHES)
+
+
+def parity_fsdp() -> dict[str, Any]:
+    """With matrices that are cut along the batch axis too."""
+    return parities("lora", ((8, 1), (2, 4)), fsdp=True, num_hidden_layers=1)
 
 
 def parity_odd_heads() -> dict[str, Any]:
@@ -201,5 +208,57 @@ def decode_step() -> dict[str, Any]:
         lines = texts[kind].splitlines()
         matches = [(match, line) for line in lines if (match := _COLLECTIVE.search(line))]
         found[kind] = [(match[2], match[1], "jit(run)" in line) for match, line in matches]
+    on(None)
+    return found
+
+
+_GATHERED = re.compile(r"= f32\[([\d,]+)\]\S* all-gather\(")
+
+
+def fsdp_step() -> dict[str, Any]:
+    """What the gradients of a step gather where matrices are cut along the batch axis too."""
+    import jax
+    import keras
+    import numpy as np
+
+    from puna.backend import jax_shards
+
+    ids = np.resize(np.array(IDS[0], np.int32), (8, 16))
+    found = {}
+    for mesh in ((8, 1), (2, 4)):
+        for kind in ("plain", "lora"):
+            on(mesh, fsdp=True)
+            model = model_of(kind, num_hidden_layers=3)
+            place: Any = jax_shards.current_mesh()
+            own = place.spec(ids.shape, place.batch)
+
+            model.compile(optimizer=keras.optimizers.SGD(0.1))
+
+            def loss(trained: Any, others: Any, rows: Any, model: Any = model) -> Any:
+                found, _ = model.compute_loss_and_updates(
+                    trained, others, [], {"token_ids": rows}, rows, jax.numpy.ones(rows.shape)
+                )
+                return found
+
+            trained, others = (
+                [v.value for v in variables]
+                for variables in (model.trainable_variables, model.non_trainable_variables)
+            )
+            step = jax.jit(jax.grad(loss))
+            text = step.lower(trained, others, jax.device_put(ids, own)).compile().as_text()
+            shapes = [[*map(int, shape.split(","))] for shape in _GATHERED.findall(text)]
+            found[f"{mesh} {kind}"] = {
+                "gathered": sorted(shapes),
+                # A matrix as those have it that share out rows: cut along the model axis alone.
+                # Of the embedding, which is not the head, rows are sent.
+                "planned": sorted(
+                    [
+                        size // (mesh[1] if axis == "model" else 1)
+                        for size, axis in zip(v.shape, v._layout.axes, strict=True)
+                    ]
+                    for v in model.variables
+                    if "batch" in v._layout.axes and "embed_tokens" not in v.path
+                ),
+            }
     on(None)
     return found

@@ -175,7 +175,7 @@ def close(found):
         "parity_odd_heads",
         *(
             pytest.param(f"parity_{kind}", marks=pytest.mark.soak)  # half a minute each
-            for kind in ("elsewhere", "lora", "int8", "int4", "shared_heads")
+            for kind in ("elsewhere", "lora", "int8", "int4", "shared_heads", "fsdp")
         ),
     ],
 )
@@ -225,6 +225,13 @@ def test_a_token_gathers_no_weight_and_sums_twice_a_layer():
         assert sorted(outside) == ["all-gather"] + ["all-reduce"] * rows
         # Of one row: no weight has a first axis of 1.
         assert all(shape.endswith("[1") for _, shape, _ in found[kind])
+
+
+@pytest.mark.slow
+def test_with_fsdp_a_step_gathers_each_matrix_once_and_nothing_else():
+    for step in seen("fsdp_step")["fsdp_step"].values():
+        assert len(step["planned"]) >= 7 * 3 + 1
+        assert step["gathered"] == step["planned"]
 
 
 @pytest.mark.slow

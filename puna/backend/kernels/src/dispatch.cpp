@@ -16,7 +16,7 @@ constexpr int64_t kChunkBytes = 128 << 10;
 // Many rows: so many at once, whose inputs stay in the second cache, and so many results a chunk,
 // or inputs of the transposed product: a multiple of every step, and of the sets of results.
 constexpr int64_t kRowsAtOnce = 256;
-constexpr int64_t kManyResults = 48;
+constexpr int64_t kManyResults = 96;
 constexpr int64_t kBackInputs = 96;
 constexpr int64_t kNumbers = 16 << 10;  // that a thread changes at a time, one by one
 constexpr int64_t kMostTile = 32;  // rows of a tile, with the longest vectors
