@@ -278,3 +278,28 @@ def gathering() -> dict[str, Any]:
             found[f"{mesh} {axes}"] = {"same": same, "sent": max(sizes, default=0)}
     on(None)
     return found
+
+
+# What cannot be
+
+
+def refused() -> dict[str, Any]:
+    """What is said of processes that would wait for each other, or not know of each other."""
+    import puna
+    from puna.errors import PunaError
+
+    settings = puna.FinetuneSettings(preset="none", data=("none.jsonl",))
+    attempts: dict[str, Any] = {
+        "no mesh": lambda: puna.finetune(settings),
+        "one process": lambda: puna.models.CausalLM.from_preset(tiny_preset(folder), mesh=(1, 4)),
+        "twice": puna.distribution.initialize,
+    }
+    found = {}
+    on(None)
+    with shared_folder() as folder:
+        for name, attempt in attempts.items():
+            try:
+                attempt()
+            except PunaError as error:
+                found[name] = str(error)
+    return found

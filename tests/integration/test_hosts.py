@@ -1,10 +1,17 @@
 """A model on two processes does what it does in one; see `tests/hosts.py`."""
 
+import json
+import os
+
+import keras
 import pytest
 
+from puna import distribution
+from puna.errors import BackendError
 from tests.hosts import seen
 from tests.integration.test_model_parallel import close
 from tests.meshes import MESHES
+from tests.processes import run
 
 # The processes have JAX's devices, whatever the tests run on.
 pytestmark = [pytest.mark.backend_free, pytest.mark.slow]
@@ -13,7 +20,7 @@ pytestmark = [pytest.mark.backend_free, pytest.mark.slow]
 @pytest.fixture(scope="module")
 def quick():
     """What is seen in one go, as starting two processes takes its time."""
-    return seen("parity", "loading", "gathering", "saving")
+    return seen("parity", "loading", "gathering", "saving", "refused")
 
 
 def test_logits_tokens_loss_and_gradients_are_those_of_one_device(quick):
@@ -103,3 +110,48 @@ def test_what_is_saved_is_what_one_process_saves(quick):
 def test_so_is_it_of_other_models_on_other_meshes():
     for process in seen("saving_elsewhere"):
         check_saved(process["saving_elsewhere"], ["plain", "int4", "lora"])
+
+
+# What cannot be
+
+
+def test_other_backends_are_refused():
+    if keras.backend.backend() != "jax":
+        with pytest.raises(BackendError, match="KERAS_BACKEND=jax"):
+            distribution.initialize()
+    assert distribution.is_first_process()
+
+
+INITIALIZE = """
+import json, os, sys
+import puna
+for given in json.loads(sys.argv[1]):
+    os.environ.update(given)
+    try:
+        puna.distribution.initialize()
+    except puna.errors.ConfigError as error:
+        print(error)
+"""
+
+
+def test_a_process_that_does_not_know_the_others_says_what_to_do():
+    names = ("JOB_ADDRESSES", "NUM_PROCESSES", "PROCESS_ID")
+    address, count, index = (f"KERAS_DISTRIBUTION_{name}" for name in names)
+    cases = [{}, {count: "two"}, {count: "2", index: "2", address: "127.0.0.1:1"}]
+    env = {**os.environ, "KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"}
+    done = run(["-c", INITIALIZE, json.dumps(cases)], env)
+    assert done.status == 0, done.err
+    none, two, outside = done.out.splitlines()
+    for words in ("coordinator_address", "python -m puna.launch", "srun", address, count, index):
+        assert words in none
+    assert f"{count} is 'two'; expected a whole number" in two
+    assert "process_id < num_processes" in outside
+
+
+def test_processes_without_a_mesh_or_without_devices_are_refused(quick):
+    for process in quick:
+        found = process["refused"]
+        assert "there are 2 processes and no mesh" in found["no mesh"]
+        words = "(1, 4) has devices of theirs: 4 of process 0; expected as many of each"
+        assert words in found["one process"]
+        assert "call puna.distribution.initialize() once" in found["twice"]
