@@ -115,26 +115,6 @@ def own_rows() -> dict[str, Any]:
     return found | {"wanted": wanted}
 
 
-def parity_elsewhere() -> dict[str, Any]:
-    """On the other meshes, where processes share rows, weights or both."""
-    return parities("plain", ((1, 8), (8, 1), (4, 2)))
-
-
-def parity_lora() -> dict[str, Any]:
-    """With adapters."""
-    return parities("lora", MESHES)
-
-
-def parity_int8() -> dict[str, Any]:
-    """With adapters beside int8."""
-    return parities("int8 lora", MESHES)
-
-
-def parity_int4() -> dict[str, Any]:
-    """With DoRA beside int4."""
-    return parities("int4 lora dora", MESHES)
-
-
 # Files
 
 

@@ -1,7 +1,7 @@
 """What is to be seen of a model on two processes with four devices each, for tests.
 
-`seen("parity", ...)` runs the functions of those names, of `host_runs`, in two processes of their
-own that `puna.launch` starts, and returns what they return in each.
+`seen("parity", ...)` runs the functions of those names, of `host_runs` or else of `mesh_runs`, in
+two processes of their own that `puna.launch` starts, and returns what they return in each.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ def seen(*names: str) -> list[dict[str, Any]]:
 
 
 def main(names: list[str]) -> None:
-    """Run functions of `host_runs`, and print what they return as JSON."""
+    """Run functions of those modules, and print what they return as JSON."""
     from puna import distribution
-    from tests import host_runs
+    from tests import host_runs, mesh_runs
 
     warnings.simplefilter("ignore")
     distribution.initialize()
-    print(json.dumps({name: vars(host_runs)[name]() for name in names}))
+    there = vars(mesh_runs) | vars(host_runs)
+    print(json.dumps({name: there[name]() for name in names}))
 
 
 if __name__ == "__main__":
