@@ -223,9 +223,11 @@ class RopeConfig:
             are stretched by `layers/rope.py`, which knows the length.
         """
         # Rounded to float32 where the code that models were trained with rounds: the exact numbers
-        # are another angle at position 6,000, by enough to show in the logits.
+        # are another angle at position 6,000, by enough to show in the logits. NumPy's power
+        # of float32 is another one where there is AVX-512, so one of float64 is rounded.
         exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-        frequencies = 1 / np.float32(self.rope_theta) ** exponents
+        powers = np.float64(np.float32(self.rope_theta)) ** exponents.astype(np.float64)
+        frequencies = 1 / powers.astype(np.float32)
         return self._scaled(frequencies, head_dim).astype(np.float32)
 
     def _scaled(self, frequencies: np.ndarray, head_dim: int) -> np.ndarray:
