@@ -87,6 +87,8 @@ def test_sanitizers_find_nothing(tmp_path):
         "import sys, pathlib, pytest, puna.backend.kernels.library as library\n"
         f"library._path = lambda: pathlib.Path({str(tmp_path / 'puna_kernels.native')!r})\n"
         "tests = ['tests/unit/test_kernels.py', 'tests/unit/test_kernels_blocks.py',\n"
+        "         'tests/unit/test_kernels_training.py',\n"
+        "         'tests/unit/test_kernels_full_attention.py',\n"
         "         '-q', '-p', 'no:xdist', '-k',\n"
         "         'float64 or however_many or several or rounded or number or threads']\n"
         "sys.exit(pytest.main(tests))\n"

@@ -1,7 +1,7 @@
 // Attention of all tokens of a sequence at once, and its gradients.
 //
-// A block of queries meets the keys that any of them looks at. Scores lie transposed, [key][query], as
-// products of many rows come: a vector has one key's scores of several queries, which are weighed
+// A block of queries meets the keys that any of them looks at. Scores lie transposed, [key][query],
+// as products of many rows come: a vector has one key's scores of several queries, which are weighed
 // without being moved. What each query looks at is a range of keys.
 
 #ifndef PUNA_FULL_ATTENTION_H_
@@ -44,10 +44,10 @@ struct FullScratch {
     PunaMatrix keys = rows_as_matrix(nullptr, a.kind, 0, S, H);
     PunaMatrix queries_m = rows_as_matrix(nullptr, a.kind, 0, kQueries, H);
     int32_t kind = weights_kind(a.kind);
-    float* at = from;
+    total = 0;
     auto take = [&](int64_t floats) {
-      float* here = at;
-      at += (floats + 15) / 16 * 16;
+      float* here = from == nullptr ? nullptr : from + total;
+      total += (floats + 15) / 16 * 16;
       return here;
     };
     queries = take(any_scratch(keys, a.kind, kQueries));
@@ -62,7 +62,6 @@ struct FullScratch {
       key_changes = take(H * stride);
       value_changes = take(H * stride);
     }
-    total = at - from;
   }
 };
 
@@ -82,14 +81,16 @@ struct Queries {
     start = block * kQueries, count = std::min(kQueries, a.tokens - start);
     stride = tiles_of(count) * kTile;
     first = a.places, last = 0;
-    const int32_t *firsts = a.firsts + row * a.tokens + start, *lasts = a.lasts + row * a.tokens + start;
+    const int64_t place = row * a.tokens + start;
+    const int32_t *firsts = a.firsts + place, *lasts = a.lasts + place;
     for (int64_t i = 0; i < count; ++i) {
       if (firsts[i] >= lasts[i]) continue;
       first = std::min<int64_t>(first, firsts[i]), last = std::max<int64_t>(last, lasts[i]);
     }
     for (int64_t i = 0; i < kQueries; ++i) {
       bool looks = i < count && firsts[i] < lasts[i];
-      from[i] = looks ? int32_t(firsts[i] - first) : 0, until[i] = looks ? int32_t(lasts[i] - first) : 0;
+      from[i] = looks ? int32_t(firsts[i] - first) : 0;
+      until[i] = looks ? int32_t(lasts[i] - first) : 0;
     }
   }
 
@@ -196,8 +197,10 @@ inline void full_attention(const PunaFullAttention& a, int64_t row, int64_t head
   }
   for (int64_t h = 0; h < H; ++h) {
     float* results = scratch.results + h * q.stride;
-    for (int64_t some = 0; some < q.stride; some += kLanes)
-      store(results + some, n == 0 ? Floats{} : load<Floats>(results + some) * load<Floats>(inverses + some));
+    for (int64_t some = 0; some < q.stride; some += kLanes) {
+      Floats result = load<Floats>(results + some) * load<Floats>(inverses + some);
+      store(results + some, n == 0 ? Floats{} : result);
+    }
   }
   write_turned(scratch.results, q.stride, q.count, H, scratch.turned, a.out, a.kind, q.place(a));
 }
@@ -252,11 +255,13 @@ inline void full_attention_back(const PunaFullAttention& a, int64_t row, int64_t
       }
       for (int64_t k = 0; k < n; ++k) {
         for (int64_t some = 0; some < q.stride; some += kLanes) {
-          float *score = scratch.scores + k * q.stride + some, *change = scratch.changes + k * q.stride + some;
+          float* score = scratch.scores + k * q.stride + some;
+          float* change = scratch.changes + k * q.stride + some;
           Floats power = load<Floats>(score) * splat(a.scale) - load<Floats>(log_sums + some);
           Floats weight = Floats(Words(exponential(power)) & q.looking(k, some));
           store(score, weight);
-          store(change, weight * (load<Floats>(change) - load<Floats>(along + some)) * splat(a.scale));
+          Floats by_weight = load<Floats>(change) - load<Floats>(along + some);
+          store(change, weight * by_weight * splat(a.scale));
         }
       }
       if (n > 0) {
