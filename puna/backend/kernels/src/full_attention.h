@@ -31,7 +31,10 @@ PUNA_INLINE PunaMatrix rows_as_matrix(const void* data, int32_t kind, int64_t fi
   return PunaMatrix{from, nullptr, nullptr, rows, width, width, kind, 0};
 }
 
-PUNA_INLINE int64_t room(int64_t n) { return (n + 95) / 96 * 96; }  // for whole sets of results
+// Room for whole sets of results, of either kind.
+constexpr int64_t kSet = 12;
+static_assert(kSet % kResults == 0 && kSet % kWholeResults == 0 && kQueries % kTile == 0);
+PUNA_INLINE int64_t room(int64_t n) { return (n + kSet - 1) / kSet * kSet; }
 
 // Scratch of a call, in floats, laid out one after another.
 struct FullScratch {

@@ -101,25 +101,14 @@ void many_bf16_of(const PunaMatrix& m, const float* scratch, int64_t rows, int64
   uint16_t numbers[2 * kLanes];
   for (int i = 0; i < 2 * kLanes; ++i) numbers[i] = to_bf16(float(i % 16) + centre(m));
   const __m512i table = _mm512_loadu_si512(numbers);
-  WholeWeights weights{};
-  weights.has_lows = m.low != nullptr;
-  int64_t tiles = tiles_of(rows), y_stride = tiles * kTile;
-  for (int64_t depth = 0; depth * kDepth < m.in; ++depth) {
-    int64_t start = depth * kDepth, count = std::min(kDepth, m.in - start);
-    for (int64_t out = begin; out < end; out += kWholeResults) {
-      int64_t here = std::min<int64_t>(kWholeResults, end - out);
-      for (int64_t r = 0; r < here; ++r) {
+  constexpr bool kScaled = kind != PUNA_BF16;
+  many_pairs<Bf16Dot, kShared>(
+      m, scratch, rows, begin, end, y, kScaled,
+      [&](int64_t out, int64_t start, int64_t count, int64_t r, WholeWeights& weights) {
         uint16_t* to = reinterpret_cast<uint16_t*>(weights.numbers[r]);
-        widen_bf16<kind>(m, out + r, start, count, table, to);
-        if (kind != PUNA_BF16) read_scales(m, out + r, start, count, kShared, r, weights);
-      }
-      for (int64_t tile = 0; tile < tiles; ++tile)
-        multiply_pairs<Bf16Dot, kShared, kDepth / 2, 1>(
-            weights.numbers[0], kind == PUNA_BF16 ? nullptr : &weights,
-            *whole_tile(const_cast<float*>(scratch), tiles, depth, tile), count,
-            y + (out - begin) * y_stride + tile * kTile, y_stride, depth == 0);
-    }
-  }
+        widen_bf16<kind>(m, out, start, count, table, to);
+        if (kScaled) read_scales(m, out, start, count, kShared, r, weights);
+      });
 }
 
 inline void many_bf16(const PunaMatrix& m, const float* scratch, int64_t rows, int64_t begin,

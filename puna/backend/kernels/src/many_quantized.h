@@ -210,9 +210,11 @@ void multiply_pairs(const int16_t* weights, const WholeScales* scales, const Who
   }
 }
 
-template <int32_t kind, int kShared>
-void many_whole_of(const PunaMatrix& m, const float* scratch, int64_t rows, int64_t begin,
-                   int64_t end, float* y) {
+// Results [begin, end) of all rows. `widen(out, start, count, r, weights)` makes result `out`, with its
+// inputs from `start` on, the r-th of the weights; they have scales if `scaled`.
+template <typename Dot, int kShared, typename Widen>
+PUNA_INLINE void many_pairs(const PunaMatrix& m, const float* scratch, int64_t rows, int64_t begin,
+                            int64_t end, float* y, bool scaled, Widen widen) {
   WholeWeights weights{};
   weights.has_lows = m.low != nullptr;
   int64_t tiles = tiles_of(rows), y_stride = tiles * kTile;
@@ -220,15 +222,24 @@ void many_whole_of(const PunaMatrix& m, const float* scratch, int64_t rows, int6
     int64_t start = depth * kDepth, count = std::min(kDepth, m.in - start);
     for (int64_t out = begin; out < end; out += kWholeResults) {
       int64_t here = std::min<int64_t>(kWholeResults, end - out);
-      for (int64_t r = 0; r < here; ++r)
-        widen_whole<kind>(m, out + r, start, count, kShared, r, weights);
+      for (int64_t r = 0; r < here; ++r) widen(out + r, start, count, r, weights);
       for (int64_t tile = 0; tile < tiles; ++tile)
-        multiply_pairs<WholeDot, kShared, kDepth / 2, 1>(
-            weights.numbers[0], &weights,
+        multiply_pairs<Dot, kShared, kDepth / 2, 1>(
+            weights.numbers[0], scaled ? &weights : nullptr,
             *whole_tile(const_cast<float*>(scratch), tiles, depth, tile), count,
             y + (out - begin) * y_stride + tile * kTile, y_stride, depth == 0);
     }
   }
+}
+
+template <int32_t kind, int kShared>
+void many_whole_of(const PunaMatrix& m, const float* scratch, int64_t rows, int64_t begin,
+                   int64_t end, float* y) {
+  many_pairs<WholeDot, kShared>(
+      m, scratch, rows, begin, end, y, true,
+      [&](int64_t out, int64_t start, int64_t count, int64_t r, WholeWeights& weights) {
+        widen_whole<kind>(m, out, start, count, kShared, r, weights);
+      });
 }
 
 inline void many_whole(const PunaMatrix& m, const float* scratch, int64_t rows, int64_t begin,
