@@ -82,6 +82,19 @@ time.sleep({SECONDS})
     assert time.monotonic() - begun < SECONDS / 2
 
 
+def started(program):
+    """Two processes of a program, and what they print."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "puna.launch", "--processes", "2", str(program)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    return process, process.stdout
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_are_passed_on(tmp_path, number):
     program = tmp_path / "program.py"
@@ -97,15 +110,8 @@ print("ready")
 time.sleep({SECONDS})
 """
     )
-    process = subprocess.Popen(
-        [sys.executable, "-m", "puna.launch", "--processes", "2", str(program)],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    assert sorted(process.stdout.readline() for _ in range(2)) == ["[0] ready\n", "[1] ready\n"]
+    process, lines = started(program)
+    assert sorted(lines.readline() for _ in range(2)) == ["[0] ready\n", "[1] ready\n"]
     process.send_signal(number)
     out, _ = process.communicate(timeout=SECONDS)
     assert process.returncode == 0
@@ -116,15 +122,8 @@ time.sleep({SECONDS})
 def test_none_outlives_a_launcher_that_is_killed(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(INDEX + f"print(os.getpid(), flush=True)\ntime.sleep({SECONDS})")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "puna.launch", "--processes", "2", str(program)],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    pids = [int(process.stdout.readline()[4:]) for _ in range(2)]
+    process, lines = started(program)
+    pids = [int(lines.readline()[4:]) for _ in range(2)]
     process.kill()
     process.communicate()
     end = time.monotonic() + SECONDS / 2
